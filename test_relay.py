@@ -1,0 +1,1100 @@
+"""Tests of relay.py: plain functions, real sockets, no sleeps."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+import websockets.asyncio.server
+from websockets.asyncio.client import connect as open_websocket
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+
+import relay
+from relay import (
+    MessageDecodeError,
+    MessageEncodeError,
+    PeerConnection,
+    RelayServer,
+    ServerRegistration,
+    ServerResponse,
+    decode,
+    encode,
+)
+
+HERE = Path(__file__).parent
+A, B, C = (UUID(int=n) for n in (0xA, 0xB, 0xC))
+GENERATIONS = ['server', 'relay']
+both_generations = pytest.mark.parametrize('generation', GENERATIONS)
+
+
+# ------------------------------------------------------------------------------- Tools
+
+
+def run_async(test):
+    """Let pytest run a coroutine, and fail it when it hangs."""
+
+    @functools.wraps(test)
+    def wrapper(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), timeout=8))
+
+    return wrapper
+
+
+@contextlib.asynccontextmanager
+async def running_relay(tls=None):
+    """Serve a relay as the command line does; yields it, with its URL as `url`."""
+    server = RelayServer()
+    async with await relay._listen(server, '127.0.0.1', 0, tls) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        server.url = f'{"wss" if tls else "ws"}://127.0.0.1:{port}/'
+        yield server
+
+
+class Peer:
+    """A client that speaks the protocol in plain JSON."""
+
+    def __init__(self, websocket, uuid=None, name='', generation='server'):
+        self.websocket = websocket
+        self.uuid, self.name, self.generation = uuid, name, generation
+
+    async def say(self, message):
+        await self.websocket.send(
+            message if isinstance(message, (str, bytes)) else json.dumps(message)
+        )
+
+    async def hear(self):
+        return json.loads(await self.websocket.recv())
+
+    async def ask(self, message):
+        await self.say(message)
+        return await self.hear()
+
+    def registration(self):
+        kind = f'{self.generation}_registration'
+        return {'message_type': kind, 'name': self.name, 'uuid': str(self.uuid)}
+
+    def response(self, reason=None):
+        return {
+            'success': reason is None,
+            'message': reason,
+            'error': reason is not None,
+            'message_type': f'{self.generation}_response',
+        }
+
+    def offer(self, peer_uuid, **fields):
+        return {
+            'message_type': 'peer_connection',
+            'source_uuid': str(self.uuid),
+            'source_name': self.name,
+            'peer_uuid': str(peer_uuid),
+            'description_type': 'offer',
+            'description': 'v=0',
+            'error': None,
+            **fields,
+        }
+
+    async def closed_with(self):
+        """Wait for the relay to close this client, and return the code it sent."""
+        return (await self.close_frame()).code
+
+    async def close_frame(self):
+        with pytest.raises(ConnectionClosed) as caught:
+            while True:
+                await self.websocket.recv()
+        return caught.value.rcvd
+
+
+@contextlib.asynccontextmanager
+async def connected(server, **options):
+    async with open_websocket(server.url, **options) as websocket:
+        yield Peer(websocket)
+
+
+@contextlib.asynccontextmanager
+async def registered(server, uuid, name='laptop', generation='server', **options):
+    async with open_websocket(server.url, **options) as websocket:
+        peer = Peer(websocket, uuid, name, generation)
+        assert await peer.ask(peer.registration()) == peer.response()
+        yield peer
+
+
+def unknown(uuid):
+    return f'Cannot forward peer connection message to peer {uuid} because this peer is unknown.'
+
+
+async def until(condition):
+    """Let the loop run until a condition holds; the test's own limit bounds it."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def exchange(one, other):
+    """Send a message each way and see that it arrives."""
+    for sender, receiver in ((one, other), (other, one)):
+        await sender.say(sender.offer(receiver.uuid, description=str(uuid4())))
+        assert (await receiver.hear())['source_uuid'] == str(sender.uuid)
+
+
+def stall(peer):
+    """Stop reading from the socket, as a client does that hangs or lost its network."""
+    peer.websocket.transport.pause_reading()
+
+
+async def fill_backlog(sender, uuid):
+    """Send to a peer until the relay refuses, and return the refusal."""
+    message = sender.offer(uuid, description='x' * 2**19)
+    for _ in range(100):
+        await sender.say(message)
+        with contextlib.suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(sender.hear(), 0.02)
+    raise AssertionError('never refused')
+
+
+# ------------------------------------------------------------------------------- Messages
+
+MESSAGES = [
+    ServerRegistration('laptop', A),
+    ServerRegistration('laptop', A, 'relay_registration'),
+    ServerResponse(),
+    ServerResponse(False, 'why', True, 'relay_response'),
+    PeerConnection(A, 'laptop', B, 'offer', 'v=0'),
+    PeerConnection(A, '\ud800\n\u202e', B, '', '', 'declined'),
+]
+
+REGISTRATION = json.loads(encode(MESSAGES[0]))
+OFFER = json.loads(encode(MESSAGES[4]))
+
+
+def without(message, key):
+    return {k: v for k, v in message.items() if k != key}
+
+
+# By name: a text that is not a message, and what the answer must say.
+MALFORMED = {
+    'empty': ('', 'not JSON'),
+    'not JSON': ('nope', 'not JSON'),
+    'half of it': (json.dumps(OFFER)[:-9], 'not JSON'),
+    'a byte order mark': ('\ufeff{}', 'not JSON'),
+    'two messages': (json.dumps(OFFER) * 2, 'not JSON'),
+    'null': ('null', 'JSON object'),
+    'a list': ('[]', 'JSON object'),
+    'a number': ('3', 'JSON object'),
+    'a string': ('"x"', 'JSON object'),
+    'true': ('true', 'JSON object'),
+    'an empty object': ('{}', 'message_type'),
+    'an unknown type': ('{"message_type": "offer"}', 'message_type'),
+    'a type of another type': ('{"message_type": []}', 'message_type'),
+    'a key twice': (json.dumps(OFFER)[:-1] + ', "error": "x"}', 'twice'),
+    'an inner key twice': (json.dumps(OFFER)[:-1] + ', "x": {"y": 1, "y": 2}}', 'twice'),
+    'NaN': (json.dumps({**OFFER, 'x': float('nan')}), 'NaN'),
+    'Infinity': (json.dumps({**OFFER, 'x': float('-inf')}), 'Infinity'),
+    '60,000 brackets': ('[' * 60_000, 'nested too deep'),
+    '60,000 braces': ('{"a":' * 60_000, 'nested too deep'),
+    'a long number': (json.dumps(OFFER)[:-1] + f', "x": {"1" * 6000}}}', 'too long'),
+    'a long fraction': (json.dumps(OFFER)[:-1] + f', "x": 0.{"1" * 6000}}}', 'too long'),
+    'a binary frame': (json.dumps(OFFER).encode(), 'text frame'),
+    'an empty binary frame': (b'', 'text frame'),
+    'a UUID that is none': (json.dumps({**REGISTRATION, 'uuid': 'x'}), "UUID, not 'x'"),
+    'a long UUID': (json.dumps({**REGISTRATION, 'uuid': '\n' * 9999}), 'UUID'),
+    **{
+        f'{key} missing from a {message["message_type"]}': (json.dumps(without(message, key)), key)
+        for message in (REGISTRATION, OFFER)
+        for key in message
+        if key != 'error'
+    },
+    **{
+        f'{key} as {value} in a {message["message_type"]}': (
+            json.dumps({**message, key: value}),
+            key,
+        )
+        for message in (REGISTRATION, OFFER)
+        for key in message
+        for value in (7, None, True, [], {}, 1.5)
+        if (key, value) != ('error', None)
+    },
+}
+malformed = pytest.mark.parametrize('text, reason', MALFORMED.values(), ids=MALFORMED)
+
+
+@pytest.mark.parametrize('message', MESSAGES, ids=repr)
+def test_a_message_is_decoded_as_it_was_encoded(message):
+    assert decode(encode(message)) == message
+
+
+@malformed
+def test_what_is_not_a_message_is_refused_with_its_reason(text, reason):
+    with pytest.raises(MessageDecodeError) as caught:
+        decode(text)
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_response_may_leave_out_what_has_a_default():
+    assert decode('{"message_type": "server_response"}') == ServerResponse()
+
+
+def test_unknown_keys_are_ignored():
+    assert decode(json.dumps({**OFFER, 'retries': [3]})) == MESSAGES[4]
+
+
+def test_a_mutated_message_is_decoded_or_refused_and_nothing_else():
+    chance = random.Random(1)
+    alphabet = '{}[]",:\\ue0123456789-+.\x00\ud800\u202eNaInfty'
+    for _ in range(5000):
+        text = list(encode(chance.choice(MESSAGES)))
+        for _ in range(chance.randint(1, 8)):
+            place = chance.randrange(len(text))
+            text[place : place + chance.randint(0, 2)] = chance.choice(alphabet)
+        with contextlib.suppress(MessageDecodeError):
+            assert isinstance(decode(''.join(text)), relay.Message)
+
+
+@pytest.mark.parametrize(
+    'thing',
+    [
+        None,
+        'text',
+        {},
+        relay.Message(),
+        ServerRegistration('laptop', A, 'server_response'),
+        ServerRegistration('laptop', A, []),
+        ServerRegistration(object(), A),
+        ServerRegistration(float('nan'), A),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_encoded_is_an_encode_error(thing):
+    with pytest.raises(MessageEncodeError):
+        encode(thing)
+
+
+@both_generations
+def test_a_wrong_registration_is_answered_in_the_words_of_its_generation(generation):
+    with pytest.raises(MessageDecodeError) as caught:
+        decode(json.dumps({'message_type': f'{generation}_registration', 'name': 'laptop'}))
+    assert caught.value.response_type == f'{generation}_response'
+
+
+# ------------------------------------------------------------------------------- Protocol
+
+
+@both_generations
+@run_async
+async def test_a_registration_is_answered_in_kind(generation):
+    async with running_relay() as server, registered(server, A, generation=generation):
+        pass  # registered() compares the whole response
+
+
+@both_generations
+@run_async
+async def test_registering_again_on_the_same_socket_changes_nothing(generation):
+    async with running_relay() as server, registered(server, A, generation=generation) as peer:
+        assert await peer.ask({**peer.registration(), 'name': 'other'}) == peer.response()
+        assert server._uuid_to_client[A].name == 'laptop'
+
+
+@both_generations
+@run_async
+async def test_a_second_uuid_on_one_socket_is_refused(generation):
+    async with running_relay() as server, registered(server, A, generation=generation) as peer:
+        answer = await peer.ask({**peer.registration(), 'uuid': str(B)})
+        assert answer == peer.response(answer['message'])
+        assert str(A) in answer['message']
+        assert list(server._uuid_to_client) == [A]
+
+
+@pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
+@run_async
+async def test_a_registration_displaces_the_old_socket(generation, code):
+    async with running_relay() as server, registered(server, B) as peer:
+        async with registered(server, A, generation=generation) as old:
+            async with registered(server, A) as new:
+                close = await old.close_frame()
+                assert close.code == code
+                assert close.reason.startswith('Relay received a registration with the same ID.')
+                await exchange(new, peer)
+
+
+@run_async
+async def test_a_displaced_client_sees_its_close_before_the_new_one_is_answered():
+    async with running_relay() as server, registered(server, A) as old:
+        order = []
+        async with connected(server) as new:
+            await new.say(old.registration())
+            closed = asyncio.ensure_future(old.closed_with())
+            closed.add_done_callback(lambda _: order.append('closed'))
+            answered = asyncio.ensure_future(new.hear())
+            answered.add_done_callback(lambda _: order.append('answered'))
+            await asyncio.wait({closed, answered})
+        assert order == ['closed', 'answered']
+
+
+@run_async
+async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
+    async with running_relay() as server, registered(server, B) as peer:
+        async with registered(server, A) as old:
+            stall(old)
+            # The relay gives a dead socket 10 s to close, longer than this test may take.
+            async with registered(server, A) as new:
+                await exchange(new, peer)
+                old.websocket.transport.abort()
+                await exchange(new, peer)
+
+
+@run_async
+async def test_of_those_that_race_for_a_uuid_one_wins_and_is_reachable():
+    async with running_relay() as server, registered(server, B) as peer:
+        async with contextlib.AsyncExitStack() as stack:
+            racers = [
+                Peer(await stack.enter_async_context(open_websocket(server.url)), A)
+                for _ in range(20)
+            ]
+            answers = await asyncio.gather(*(racer.ask(racer.registration()) for racer in racers))
+            assert answers == [racers[0].response()] * 20
+            await until(lambda: len(server._websocket_to_client) == 2 and not server._closing)
+            await peer.say(peer.offer(A))
+            holder = server._uuid_to_client[A].websocket.remote_address
+            (winner,) = [r for r in racers if r.websocket.local_address == holder]
+            assert await winner.hear() == peer.offer(A)
+        await until(lambda: A not in server._uuid_to_client)
+        assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
+
+
+@run_async
+async def test_a_displaced_client_does_not_displace_in_turn():
+    async with (
+        running_relay() as server,
+        registered(server, A) as old,
+        registered(server, A) as new,
+    ):
+        with contextlib.suppress(ConnectionClosed):
+            await old.say(old.registration())
+        await old.closed_with()
+        assert await new.ask(new.registration()) == new.response()
+
+
+@run_async
+async def test_the_registration_of_the_next_survives_the_end_of_the_last():
+    async with running_relay() as server, registered(server, B) as peer:
+        async with registered(server, A) as old, registered(server, A) as new:
+            await old.closed_with()
+            await until(lambda: len(server._websocket_to_client) == 2)
+            await exchange(new, peer)
+
+
+@run_async
+async def test_a_message_before_registration_is_refused():
+    async with running_relay() as server, connected(server) as peer:
+        peer.uuid = A
+        assert await peer.ask(peer.offer(B)) == peer.response('client has not registered yet')
+
+
+@pytest.mark.parametrize('one', GENERATIONS)
+@pytest.mark.parametrize('other', GENERATIONS)
+@run_async
+async def test_peers_of_every_generation_meet(one, other):
+    async with running_relay() as server, registered(server, A, generation=one) as first:
+        async with registered(server, B, generation=other) as second:
+            await exchange(first, second)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        json.dumps(OFFER),
+        json.dumps(OFFER, separators=(',', ':')),
+        json.dumps(OFFER, indent=2),
+        json.dumps(without(OFFER, 'error')),
+        json.dumps({**OFFER, 'error': 'declined', 'description_type': 'candidate'}),
+        json.dumps({**OFFER, 'retries': [1.50, {'é': '\ud800'}]}),
+        json.dumps(
+            {**OFFER, 'source_name': 'é\u202e', 'description': '\U0001f600'}, ensure_ascii=False
+        ),
+        json.dumps({**OFFER, 'source_uuid': f'urn:uuid:{str(A).upper()}'}),
+        json.dumps({**OFFER, 'description': 'x' * (2**20 - len(json.dumps(OFFER)) + 3)}),
+    ],
+    ids=range(9),
+)
+@run_async
+async def test_the_text_of_a_forwarded_message_is_the_text_received(text):
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as other,
+    ):
+        await one.say(text)
+        assert await other.websocket.recv() == text
+
+
+@run_async
+async def test_a_client_may_send_to_itself():
+    async with running_relay() as server, registered(server, A) as peer:
+        assert await peer.ask(peer.offer(A)) == peer.offer(A)
+
+
+@both_generations
+@run_async
+async def test_a_message_to_nobody_comes_back(generation):
+    async with running_relay() as server, registered(server, A, generation=generation) as peer:
+        assert await peer.ask(peer.offer(B)) == peer.offer(B, error=unknown(B))
+
+
+@run_async
+async def test_a_peer_that_has_left_is_unknown():
+    async with running_relay() as server, registered(server, A) as peer:
+        async with registered(server, B):
+            pass
+        assert 'unknown' in (await peer.ask(peer.offer(B)))['error']
+
+
+@run_async
+async def test_a_forged_source_comes_back_and_is_not_delivered():
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as other,
+    ):
+        forged = one.offer(B, source_uuid=str(C))
+        answer = await one.ask(forged)
+        assert answer == {**forged, 'error': answer['error']}
+        assert 'source_uuid' in answer['error']
+        await one.say(one.offer(B))
+        assert await other.hear() == one.offer(B)
+
+
+@run_async
+async def test_a_message_that_cannot_come_back_whole_comes_back_without_its_text():
+    async with running_relay() as server, registered(server, A) as peer:
+        message = peer.offer(B, description='\u00e9' * (2**19 - 200))
+        assert await peer.ask(json.dumps(message, ensure_ascii=False)) == peer.offer(
+            B,
+            description='',
+            description_type='',
+            source_name='',
+            error=unknown(B),
+        )
+
+
+@run_async
+async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded():
+    async with (
+        running_relay() as server,
+        registered(server, A) as sender,
+        registered(server, C) as other,
+    ):
+        async with registered(server, B) as stalled:
+            stall(stalled)
+            refusal = await fill_backlog(sender, B)
+            assert refusal['error'].endswith('this peer does not read what is sent to it.')
+            transport = server._uuid_to_client[B].websocket.transport
+            assert transport.get_write_buffer_size() <= relay.MAX_BACKLOG
+            await exchange(sender, other)
+            stalled.websocket.transport.resume_reading()
+
+
+@run_async
+async def test_a_peer_that_reads_again_gets_what_was_taken_and_what_comes():
+    async with (
+        running_relay() as server,
+        registered(server, A) as sender,
+        registered(server, B) as slow,
+    ):
+        stall(slow)
+        await fill_backlog(sender, B)
+        slow.websocket.transport.resume_reading()
+        await sender.say(sender.offer(B, description='last'))
+        heard = await slow.hear()
+        while heard['description'] != 'last':
+            assert len(heard['description']) == 2**19
+            heard = await slow.hear()
+
+
+@run_async
+async def test_a_message_longer_than_the_backlog_is_taken_when_nothing_waits(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_BACKLOG', 10)
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as other,
+    ):
+        await exchange(one, other)
+
+
+@malformed
+@run_async
+async def test_what_is_not_a_message_ends_neither_connection_nor_registration(text, reason):
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as other,
+    ):
+        answer = await one.ask(text)
+        assert answer == one.response(answer['message'])
+        assert reason in answer['message']
+        await exchange(one, other)
+
+
+@both_generations
+@run_async
+async def test_a_refusal_is_in_the_words_of_the_registration(generation):
+    async with running_relay() as server, registered(server, A, generation=generation) as peer:
+        answer = await peer.ask('nope')
+        assert answer == peer.response(answer['message'])
+
+
+@pytest.mark.parametrize('name', ['server_response', 'relay_response'])
+@run_async
+async def test_a_response_from_a_client_is_refused(name):
+    async with running_relay() as server, registered(server, A) as peer:
+        answer = await peer.ask({'message_type': name})
+        assert answer == peer.response(answer['message'])
+
+
+@run_async
+async def test_a_frame_over_the_limit_closes_its_connection_with_1009():
+    async with running_relay() as server, registered(server, A) as peer:
+        await peer.say('x' * (relay.MAX_MESSAGE + 1))
+        assert await peer.closed_with() == CloseCode.MESSAGE_TOO_BIG
+        await until(lambda: not server._uuid_to_client)
+
+
+@run_async
+async def test_a_new_client_hears_the_answer_first_and_each_message_has_one_verdict():
+    async with running_relay() as server, registered(server, A) as sender:
+        for _ in range(50):
+            async with connected(server) as peer:
+                peer.uuid = B
+                messages = (sender.say(sender.offer(B)) for _ in range(5))
+                await asyncio.gather(peer.say(peer.registration()), *messages)
+                assert await peer.hear() == peer.response()
+                # The answer to another registration marks the end of what comes back.
+                refused = 0
+                await sender.say(sender.registration())
+                while await sender.hear() != sender.response():
+                    refused += 1
+                for _ in range(5 - refused):
+                    assert await peer.hear() == sender.offer(B)
+            await until(lambda: B not in server._uuid_to_client)
+
+
+# ------------------------------------------------------------------------------- Endings
+
+
+@contextlib.contextmanager
+def logged(caplog, level='DEBUG'):
+    """Collect what is logged; neither an ERROR nor a traceback may be among it."""
+    with caplog.at_level(level):
+        yield lambda: [r.getMessage() for r in caplog.records if r.name == 'relay']
+    for record in caplog.records:
+        assert record.levelno < logging.ERROR and not record.exc_info, record.getMessage()
+
+
+async def leave_with_a_close(peer):
+    await peer.websocket.close()
+
+
+async def leave_with_a_code(peer):
+    await peer.websocket.close(4999, 'so \n long')
+
+
+async def leave_with_a_reset(peer):
+    sock = peer.websocket.transport.get_extra_info('socket')
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+    peer.websocket.transport.abort()
+
+
+async def leave_in_the_middle_of_a_frame(peer):
+    peer.websocket.transport.write(b'\x81\xfe\xff\xff')
+    peer.websocket.transport.close()
+
+
+async def leave_in_the_middle_of_a_message(peer):
+    peer.websocket.transport.write(b'\x01\x81\0\0\0\0{')
+    peer.websocket.transport.abort()
+
+
+async def send_bad_utf8(peer):
+    peer.websocket.transport.write(b'\x81\x81\0\0\0\0\xff')
+
+
+async def send_an_unmasked_frame(peer):
+    peer.websocket.transport.write(b'\x81\x01x')
+
+
+async def send_a_reserved_opcode(peer):
+    peer.websocket.transport.write(b'\x83\x80\0\0\0\0')
+
+
+@pytest.mark.parametrize(
+    'leave',
+    [
+        leave_with_a_close,
+        leave_with_a_code,
+        leave_with_a_reset,
+        leave_in_the_middle_of_a_frame,
+        leave_in_the_middle_of_a_message,
+        send_bad_utf8,
+        send_an_unmasked_frame,
+        send_a_reserved_opcode,
+    ],
+)
+@run_async
+async def test_whatever_ends_a_connection_ends_its_registration(leave, caplog):
+    with logged(caplog) as lines:
+        async with running_relay() as server, registered(server, B) as peer:
+            async with registered(server, A) as gone:
+                await leave(gone)
+                await until(lambda: A not in server._uuid_to_client)
+            assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
+            assert list(server._websocket_to_client) == [server._uuid_to_client[B].websocket]
+            assert not server._closing
+        assert not server._websocket_to_client and not server._refusals
+        assert [line for line in lines() if line.startswith(f'Unregistered {A}')]
+
+
+@run_async
+async def test_a_defect_is_logged_and_ends_only_its_own_connection(caplog, monkeypatch):
+    async def broken(*_):
+        raise ZeroDivisionError
+
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as other,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(server, 'connect', broken)
+            await one.say(one.offer(B))
+            assert await one.closed_with() == CloseCode.INTERNAL_ERROR
+        assert list(server._uuid_to_client) == [B]
+        await exchange(other, other)
+    assert [r.exc_info[0] for r in caplog.records if r.name == 'relay'] == [ZeroDivisionError]
+
+
+@run_async
+async def test_a_connection_that_takes_nothing_is_ended_by_the_kernel():
+    async with running_relay() as server, registered(server, A):
+        sock = server._uuid_to_client[A].websocket.transport.get_extra_info('socket')
+        milliseconds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert relay.PING_TIMEOUT * 1000 < milliseconds < 5 * 60_000
+
+
+@run_async
+async def test_compression_is_offered_in_vain():
+    async with running_relay() as server, registered(server, A, compression='deflate') as peer:
+        assert 'Sec-WebSocket-Extensions' not in peer.websocket.response.headers
+
+
+# ------------------------------------------------------------------------------- Embedding
+
+
+@contextlib.asynccontextmanager
+async def embedded_relay():
+    """Serve a relay as somebody else's program does."""
+    server = RelayServer()
+    async with websockets.asyncio.server.serve(server.handler, '127.0.0.1', 0) as listener:
+        server.url = 'ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1]
+        yield server
+
+
+@run_async
+async def test_the_handler_serves_in_another_server():
+    async with embedded_relay() as server, registered(server, A) as one:
+        async with registered(server, B, generation='relay') as other:
+            await exchange(one, other)
+            assert (await one.ask('nope'))['success'] is False
+            async with registered(server, B) as new:
+                assert await other.closed_with() == 4004
+                await exchange(one, new)
+
+
+@run_async
+async def test_the_handler_serves_on_a_unix_socket(tmp_path):
+    server, path = RelayServer(), str(tmp_path / 'relay')
+    async with websockets.asyncio.server.unix_serve(server.handler, path):
+        async with websockets.asyncio.client.unix_connect(path) as websocket:
+            peer = Peer(websocket, A)
+            assert await peer.ask(peer.registration()) == peer.response()
+
+
+@pytest.mark.parametrize('expected, code', [(True, 1000), (False, 1001)])
+@run_async
+async def test_unregister_closes_the_connection(expected, code):
+    async with embedded_relay() as server, registered(server, A) as peer:
+        websocket = server._uuid_to_client[A].websocket
+        await server.unregister(websocket, expected)
+        assert await peer.closed_with() == code
+        await server.unregister(websocket, expected)
+        assert not server._uuid_to_client
+
+
+@run_async
+async def test_connect_forwards_a_message_that_came_without_a_text():
+    async with embedded_relay() as server, registered(server, A), registered(server, B) as other:
+        await server.connect(server._uuid_to_client[A].websocket, MESSAGES[4])
+        assert await other.websocket.recv() == encode(MESSAGES[4])
+
+
+# ------------------------------------------------------------------------------- Log
+
+
+@run_async
+async def test_the_log_tells_who_came_and_left_and_why(caplog):
+    with logged(caplog, 'INFO') as lines:
+        async with running_relay() as server:
+            async with registered(server, A) as peer:
+                address = '%s:%d' % peer.websocket.local_address
+                await peer.ask('nope')
+                await peer.websocket.close(4999)
+        who = f"{A} ('laptop' at {address})"
+        assert lines() == [
+            f'Registered {who}',
+            f'Refused a message from {who}: not JSON: Expecting value: line 1 column 1 (char 0)'
+            ' (0 before)',
+            f'Unregistered {who}: closed with 4999; 1 messages refused',
+        ]
+
+
+@run_async
+async def test_repeated_refusals_are_counted_and_not_each_logged(caplog, monkeypatch):
+    with logged(caplog) as lines:
+        async with running_relay() as server, registered(server, A) as peer:
+            for _ in range(300):
+                await peer.ask('nope')
+            assert len([line for line in lines() if 'Refused' in line]) == 1
+            monkeypatch.setattr(relay, 'REFUSAL_INTERVAL', 0)
+            await peer.ask('nope')
+        assert lines()[-2].endswith('(300 before)')
+        assert lines()[-1].endswith('301 messages refused')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'x\nERROR disk on fire',
+        '\x1b[2J',
+        '\u202egnp.exe',
+        '\ud800',
+        '\x00\x85\u2028',
+        'x' * 100_000,
+    ],
+    ids=range(6),
+)
+@run_async
+async def test_what_a_client_chose_is_escaped_and_shortened_in_the_log(name, caplog):
+    with logged(caplog) as lines:
+        async with running_relay() as server, registered(server, A, name) as peer:
+            await peer.ask(peer.offer(B, description_type=name))
+            await peer.ask({'message_type': name})
+            await peer.ask({**peer.registration(), 'uuid': name})
+            await peer.ask({**peer.registration(), name: 1, 'name': 2})
+            await peer.websocket.close(4999, name[:30].replace('\ud800', ''))
+    for line in lines():
+        assert line.isprintable() and line.isascii() and len(line) < 700
+
+
+@run_async
+async def test_session_descriptions_are_never_logged(caplog):
+    with logged(caplog) as lines:
+        async with running_relay() as server, registered(server, A) as peer:
+            await peer.ask(peer.offer(A, description='secret'))
+            await peer.ask(peer.offer(B, description='secret'))
+            await peer.ask(json.dumps(peer.offer(B, description='secret'))[:-3])
+    assert 'Forwarded' in ''.join(lines()) and 'secret' not in ''.join(lines())
+
+
+# ------------------------------------------------------------------------------- Command line
+
+
+@contextlib.contextmanager
+def running_program(*options, hosts=1):
+    """Run relay.py as a process; yields it, with its ports once they are bound."""
+    command = [
+        sys.executable,
+        '-W',
+        'error',
+        HERE / 'relay.py',
+        '--port',
+        '0',
+        *options,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8'
+    ) as process:
+        try:
+            process.lines = []
+            process.ports = []
+            while len(process.ports) < hosts:
+                line = process.stdout.readline()
+                assert line, process.stderr.read()
+                process.lines.append(line)
+                process.ports += [
+                    int(port) for port in re.findall(r'Serving relay server on .*:(\d+)', line)
+                ]
+            process.url = 'ws://127.0.0.1:%d' % process.ports[0]
+            yield process
+        finally:
+            process.kill()
+
+
+def fails(*options, status=1):
+    """Run relay.py, see it fail with one line on standard error, and return the line."""
+    command = [sys.executable, HERE / 'relay.py', *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == status and done.stdout == ''
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith('relay.py: ')
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    'signals',
+    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGTERM, signal.SIGINT]],
+    ids=str,
+)
+@run_async
+async def test_a_signal_closes_the_clients_and_ends_the_program(signals):
+    with running_program('--host', '127.0.0.1') as process:
+        async with registered(process, A) as peer:
+            for number in signals:
+                process.send_signal(number)
+            assert await peer.closed_with() == CloseCode.GOING_AWAY
+        rest, errors = process.communicate(timeout=8)
+        assert (process.returncode, errors) == (0, '')
+        form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] INFO  \(relay\) :: \S.*'
+        lines = [*process.lines, *rest.splitlines()]
+        assert len(lines) >= 5 and all(re.fullmatch(form, line.strip()) for line in lines)
+
+
+def test_the_program_listens_on_every_address_of_its_host():
+    with running_program('--host', 'localhost', '--log-level', 'debug') as process:
+        assert process.ports[0] > 0
+
+
+def test_a_log_folder_holds_the_log_as_well(tmp_path):
+    with running_program('--log-dir', str(tmp_path / 'new' / 'logs')) as process:
+        log = (tmp_path / 'new' / 'logs' / 'server.log').read_text()
+        assert log.splitlines() == [line.strip() for line in process.lines]
+
+
+def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(logging, 'basicConfig', lambda **options: seen.update(options))
+    monkeypatch.setattr(logging, 'raiseExceptions', True)
+    relay._log_to(str(tmp_path), 'INFO')
+    weekly = seen['handlers'][1]
+    weekly.close()
+    # Days count from Monday in `dayOfWeek`; without an `atTime` it is midnight.
+    assert (weekly.when, weekly.dayOfWeek, weekly.atTime) == ('W6', 6, None)
+
+
+@pytest.mark.parametrize('shell_limit', [64])
+def test_the_open_file_limit_is_raised_to_the_hard_limit(shell_limit):
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (shell_limit * 4, hard))
+    try:
+        with running_program() as process:
+            limits = Path(f'/proc/{process.pid}/limits').read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert re.search(r'Max open files +(\d+) +\1 ', limits)
+
+
+def test_the_version_names_what_runs():
+    done = subprocess.run(
+        [sys.executable, HERE / 'relay.py', '--version'], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith(
+        f'relay.py {relay.__version__}, websockets 1'
+    )
+
+
+@pytest.mark.parametrize('port', ['65536', '-1', 'http', '8e3', ''])
+def test_a_port_out_of_range_is_one_line(port):
+    assert '--port' in fails('--port', port, status=2)
+
+
+@pytest.mark.parametrize(
+    'options', [['--keyfile', 'key.pem'], ['--log-level', 'LOUD'], ['--verbose']]
+)
+def test_a_wrong_option_is_one_line(options):
+    assert options[0] in fails(*options, status=2)
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = fails('--host', '127.0.0.1', '--port', port)
+    assert line == f'relay.py: cannot listen on 127.0.0.1:{port}: Address already in use\n'
+
+
+@pytest.mark.parametrize('host', ['relay.invalid', '192.0.2.1', 'a..b', '::::'])
+def test_an_address_that_is_not_ours_is_one_line(host):
+    assert f'cannot listen on {host}:0: ' in fails('--host', host, '--port', '0')
+
+
+def test_a_log_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / 'file').touch()
+    assert str(tmp_path / 'file' / 'logs') in fails('--log-dir', str(tmp_path / 'file' / 'logs'))
+
+
+# ------------------------------------------------------------------------------- TLS
+
+
+@pytest.fixture(scope='module')
+def pem(tmp_path_factory):
+    """A folder with a certificate, its key, both in one file, and another key."""
+    folder = tmp_path_factory.mktemp('pem')
+    for name in ('cert', 'other'):
+        subprocess.run(
+            ['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256']
+            + ['-nodes', '-days', '2', '-subj', '/CN=localhost', '-out', f'{name}.pem']
+            + ['-addext', 'subjectAltName=DNS:localhost,IP:127.0.0.1', '-keyout', f'{name}.key'],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+    subprocess.run(
+        [
+            'openssl',
+            'ec',
+            '-aes128',
+            '-passout',
+            'pass:x',
+            '-in',
+            'cert.key',
+            '-out',
+            'locked.key',
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    both = (folder / 'cert.key').read_text() + (folder / 'cert.pem').read_text()
+    (folder / 'both.pem').write_text(both)
+    (folder / 'text.pem').write_text('This is no certificate.\n')
+    return folder
+
+
+def trusting(pem):
+    return ssl.create_default_context(cafile=pem / 'cert.pem')
+
+
+@pytest.mark.parametrize('files', [['cert.pem', 'cert.key'], ['both.pem', None]], ids=str)
+@run_async
+async def test_clients_meet_over_tls(pem, files):
+    tls = relay._tls(*(name and str(pem / name) for name in files))
+    async with running_relay(tls) as server, registered(server, A, ssl=trusting(pem)) as one:
+        async with registered(server, B, ssl=trusting(pem)) as other:
+            await exchange(one, other)
+
+
+@run_async
+async def test_a_backlog_is_bounded_over_tls_too(pem):
+    tls = relay._tls(str(pem / 'both.pem'), None)
+    trust = trusting(pem)
+    async with running_relay(tls) as server, registered(server, A, ssl=trust) as sender:
+        async with registered(server, B, ssl=trust) as stalled:
+            stall(stalled)
+            assert 'does not read' in (await fill_backlog(sender, B))['error']
+            stalled.websocket.transport.resume_reading()
+
+
+@pytest.mark.parametrize(
+    'cert, key, fault',
+    [
+        ('none.pem', 'cert.key', 'none.pem: No such file'),
+        ('cert.pem', 'none.key', 'none.key: No such file'),
+        ('.', 'cert.key', ': Is a directory'),
+        ('cert.pem', '.', ': Is a directory'),
+        ('text.pem', 'cert.key', 'text.pem holds no certificate'),
+        ('cert.key', 'cert.key', 'cert.key holds no certificate'),
+        ('cert.pem', 'text.pem', 'text.pem holds no private key'),
+        ('cert.pem', 'cert.pem', 'cert.pem holds no private key'),
+        ('cert.pem', 'locked.key', 'locked.key holds no private key without a password'),
+        ('cert.pem', 'other.key', 'other.key is not the key of'),
+        ('cert.pem', None, 'cert.pem holds no private key'),
+        ('text.pem', None, 'text.pem holds no certificate'),
+        ('/dev/null', None, '/dev/null holds no certificate'),
+    ],
+)
+def test_a_certificate_that_cannot_be_used_is_one_line_that_names_the_file(pem, cert, key, fault):
+    files = ['--certfile', pem / cert] + (['--keyfile', pem / key] if key else [])
+    assert fault in fails('--port', '0', *files)
+
+
+def test_a_file_that_may_not_be_read_is_one_line_that_names_it(pem, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr('builtins.open', refuse)
+    with pytest.raises(relay.StartError, match=r'cannot read .*cert\.key: Permission denied'):
+        relay._tls(str(pem / 'cert.pem'), str(pem / 'cert.key'))
+
+
+# ------------------------------------------------------------------------------- Files
+
+
+def functions(source):
+    """Return the lines of each function, without its docstring, by its name."""
+    sizes = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0]
+            doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+            sizes[node.name] = node.end_lineno - node.lineno + 1 - doc
+    return sizes
+
+
+def test_relay_py_stays_short_enough_to_be_read_before_it_is_run():
+    source = (HERE / 'relay.py').read_text()
+    sizes = functions(source)
+    assert source.count('\n') <= 800
+    assert statistics.median(sizes.values()) <= 10
+    assert max(size for name, size in sizes.items() if name != '_options') <= 30
+
+
+def test_the_inline_metadata_asks_for_what_requirements_txt_asks_for():
+    block = re.search(
+        r'(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$', (HERE / 'relay.py').read_text()
+    )[1]
+    (wanted,) = json.loads(re.search(r'dependencies = (.*)', block)[1])
+    assert [wanted, 'pytest'] == (HERE / 'requirements.txt').read_text().split()
+    assert 'requires-python = ">=3.9"' in block
+
+
+def test_the_readme_names_every_option():
+    readme = (HERE / 'README.md').read_text()
+    options = re.findall(r"add\('(--[a-z-]+)'", (HERE / 'relay.py').read_text())
+    assert len(options) >= 7
+    assert [option for option in options if f'`{option}' not in readme] == []
+
+
+@pytest.mark.skipif(not shutil.which('systemd-analyze'), reason='systemd-analyze is not here')
+def test_the_unit_is_valid_and_exposes_little():
+    unit = HERE / 'relay.service'
+    for command in (
+        ['systemd-analyze', 'verify', unit],
+        ['systemd-analyze', 'security', '--offline=true', '--threshold=12', unit],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ''), done.stdout
