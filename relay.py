@@ -260,10 +260,10 @@ class Client:
     uuid: UUID
     websocket: ServerConnection
     response_type: str = 'server_response'
+    address: str = 'unknown address'
 
     def __str__(self) -> str:
-        address = address_of(self.websocket.remote_address)
-        return f'{self.uuid} ({shown(self.name)} at {address})'
+        return f'{self.uuid} ({shown(self.name)} at {self.address})'
 
 
 class RelayServer:
@@ -286,7 +286,7 @@ class RelayServer:
     async def handler(self, websocket: ServerConnection) -> None:
         """Serve a connection until it ends."""
         _bound_stall(websocket)
-        reason = 'a defect of the relay'
+        reason = 'the relay has stopped'
         try:
             while True:
                 text = await websocket.recv()
@@ -296,7 +296,8 @@ class RelayServer:
         except ConnectionClosed as error:
             reason = f'closed with {error.rcvd.code}' if error.rcvd else 'connection lost'
         except Exception:
-            logger.exception('A defect of the relay ends %s', address_of(websocket.remote_address))
+            reason = 'a defect of the relay'
+            logger.exception('A defect of the relay, at %s', address_of(websocket.remote_address))
             raise
         finally:
             self._remove(websocket, reason)
@@ -341,7 +342,9 @@ class RelayServer:
         if request.uuid in self._uuid_to_client:
             self._displace(self._uuid_to_client[request.uuid])
         response_type = request.message_type.replace('registration', 'response')
-        client = Client(request.name, request.uuid, websocket, response_type)
+        # The address is kept for the log: a connection that is lost does not tell its own.
+        address = address_of(websocket.remote_address)
+        client = Client(request.name, request.uuid, websocket, response_type, address)
         self._uuid_to_client[client.uuid] = client
         self._websocket_to_client[websocket] = client
         broadcast((websocket,), encode(ServerResponse(message_type=response_type)))
@@ -373,7 +376,8 @@ class RelayServer:
         if self._uuid_to_client.get(client.uuid) is client:
             del self._uuid_to_client[client.uuid]
         refused = self._refusals.get(websocket, (0, 0))[1]
-        logger.info('Unregistered %s: %s; %d messages refused', client, reason, refused)
+        refusals = f', {refused} messages refused' if refused else ''
+        logger.info('Unregistered %s: %s%s', client, reason, refusals)
 
     async def connect(
         self, websocket: ServerConnection, message: PeerConnection, text: str = ''
@@ -438,7 +442,7 @@ class RelayServer:
 def address_of(address: Any) -> str:
     """Return a socket's address in one word."""
     if not isinstance(address, tuple):
-        return 'a Unix socket'
+        return 'unknown address'
     return '{}:{}'.format(f'[{address[0]}]' if ':' in address[0] else address[0], address[1])
 
 
