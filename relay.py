@@ -35,15 +35,22 @@ message is answered by a response with `success: false`, `error: true` and the r
 
 A UUID that registers on a new connection displaces its old one, which is closed: with 1001 if it
 spoke `server_registration`, with 4004 ("do not come back") if it spoke `relay_registration`.
-Other close codes: 1001, the relay stops; 1009, a message is longer than 1 MiB; 1011, no answer to
-a ping.
+Other close codes: 1001, the relay stops; 1008, no registration within 30 s, or its user has no
+token any more; 1009, a message of more than 1 MiB; 1011, no answer to a ping; 1013, no room.
+
+Where there are tokens, a client shows one as it connects: in a header `Authorization: Bearer
+TOKEN`, as ws://USER:TOKEN@HOST or as ws://HOST/?token=TOKEN. Without it, it gets HTTP 401. To a
+client, only those of its own user exist.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
+import errno
+import hashlib
 import json
 import logging.handlers
 import os
@@ -53,15 +60,17 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from http import HTTPStatus
+from typing import Any, Callable
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, broadcast
     from websockets.asyncio.server import serve as listen
     from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request, Response
     from websockets.protocol import State
     from websockets.version import version as websockets_version
 except ImportError as error:
@@ -75,27 +84,48 @@ logger = logging.getLogger('relay')
 
 # Bytes of the longest message: what the original takes, and all that ProxyStore's clients take.
 MAX_MESSAGE = 2**20
-# Messages read ahead of the one being dealt with: a flood is to wait in the flooder's socket.
-MAX_QUEUE = 1
+# Fragments of one message. websockets has a limit of its own from version 17 on.
+MAX_FRAGMENTS = 4096
 # Bytes that may wait for a peer to read them. When none wait, any message is taken.
 MAX_BACKLOG = 2**20
+# Bytes that the kernel reads ahead of us: a flood is to wait in the flooder's memory.
+RECEIVE_BUFFER = 2**16
+# Messages a second of one client. Peers that connect exchange a dozen.
+RATE = 500
+# Seconds of that rate that may come at once while others wait.
+BURST = 0.1
+# Files that are not for clients: the log, those that are connecting, those that are refused.
+SPARE_FILES = 64
+# Seconds to register, for a client that has connected.
+REGISTER_TIMEOUT = 30
 # Seconds for a displaced connection to answer its close. It may be dead, and the client that
 # registers anew gives up after 10 s.
 TAKEOVER_WAIT = 0.5
-# Seconds between pings, and for their answer: slack for a laptop on a bad network, because many
-# clients never come back from a lost connection.
-PING_INTERVAL, PING_TIMEOUT = 30, 90
 # Milliseconds until the kernel ends a connection whose peer takes nothing. Keepalive would not:
 # its pings wait behind what is not taken.
 STALL_TIMEOUT = 120_000
-# Seconds for a client to open a connection, to close it, and for all to be closed at the end.
-OPEN_TIMEOUT, CLOSE_TIMEOUT, STOP_TIMEOUT = 10, 10, 12
+# Seconds until the relay has stopped, whatever its clients do.
+STOP_TIMEOUT = 12
 # Seconds between log lines on what one connection is refused; those in between are counted.
 REFUSAL_INTERVAL = 60
 # Characters of a number in a message. No field takes one, and long ones take long to convert.
 MAX_DIGITS = 100
 # Characters of a client's text that the log or an answer repeats.
 MAX_SHOWN = 64
+# What websockets sees to, as its `serve` names it.
+LIMITS: dict[str, Any] = {
+    'max_size': MAX_MESSAGE,
+    # Messages read ahead of the one being dealt with.
+    'max_queue': 1,
+    # For clients that offer it, as ProxyStore's do, it takes 40 KiB each.
+    'compression': None,
+    'server_header': None,
+    'open_timeout': 10,
+    'close_timeout': 10,
+    # Slack for a laptop on a bad network: many clients never come back from a lost connection.
+    'ping_interval': 30,
+    'ping_timeout': 90,
+}
 
 # ------------------------------------------------------------------------------- Messages
 
@@ -245,116 +275,177 @@ def shown(text: str) -> str:
 
 # ------------------------------------------------------------------------------- Relay
 
-# ProxyStore shows this to its user; the beginning is what its clients may look for.
-DISPLACED = (
-    'Relay received a registration with the same ID. '
-    'This might mean that the endpoint is running in multiple locations.'
-)
+# What ProxyStore's relay says, and its endpoints show to their users.
+DISPLACED = 'Relay received a registration with the same ID. '
+DISPLACED += 'This might mean that the endpoint is running in multiple locations.'
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Client:
-    """A registered client, and the connection that holds its registration."""
+    """A connection and, once it has registered, its name and UUID."""
 
     name: str
-    uuid: UUID
+    uuid: UUID | None
     websocket: ServerConnection
+    user: str = ''
     response_type: str = 'server_response'
-    address: str = 'unknown address'
+
+    def __post_init__(self) -> None:
+        # Kept for the log: a connection that is lost has no address.
+        self.address = address_of(self.websocket.remote_address)
 
     def __str__(self) -> str:
-        return f'{self.uuid} ({shown(self.name)} at {self.address})'
+        user = f'user {shown(self.user)}, ' if self.user else ''
+        return f'{self.uuid or "unregistered"} ({shown(self.name)}, {user}at {self.address})'
 
 
 class RelayServer:
     """Registers clients and forwards messages between them.
 
-    Serve it with `serve` below, or with `websockets.asyncio.server.serve(relay.handler, ...)`.
+    Serve it with `serve` below, or with `websockets.asyncio.server.serve(relay.handler, ...)` and,
+    for tokens, its `process_request=relay.process_request`.
 
     The registry changes in steps without an `await`, so that no two handlers mix theirs. No
     handler waits for a socket other than its own, but for the TAKEOVER_WAIT.
     """
 
-    def __init__(self) -> None:
-        self._uuid_to_client: dict[UUID, Client] = {}
+    def __init__(
+        self, token_file: str | None = None, max_clients: int | None = None, rate: float = RATE
+    ) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_clients = max_clients or max(1, files - SPARE_FILES)
+        self._rate = rate
+        self._token_file = token_file
+        self.tokens = None if token_file is None else read_tokens(token_file)
+        # All connections, and the registry: those that are registered, by user and UUID.
         self._websocket_to_client: dict[ServerConnection, Client] = {}
-        # When the last refusal of a connection was logged, and how many it had in all.
-        self._refusals: dict[ServerConnection, tuple[float, int]] = {}
+        self._uuid_to_client: dict[tuple[str, UUID | None], Client] = {}
+        # By source: when its last refusal was logged, and how many it had in all.
+        self._refusals: dict[Any, tuple[float, int]] = {}
         # The loop holds no reference to its tasks.
         self._closing: set[asyncio.Task[None]] = set()
 
+    def process_request(self, websocket: ServerConnection, request: Request) -> Response | None:
+        """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
+        if 'Upgrade' not in request.headers:
+            response = websocket.respond(HTTPStatus.UPGRADE_REQUIRED, WELCOME)
+            response.headers['Upgrade'] = 'websocket'
+            return response
+        if user_of(request, self.tokens) is not None:
+            return None
+        self.log_refusal(401, address_of(websocket.remote_address), 'no valid token')
+        response = websocket.respond(HTTPStatus.UNAUTHORIZED, 'This relay asks for a token.\n')
+        response.headers['WWW-Authenticate'] = 'Bearer realm="relay"'
+        return response
+
     async def handler(self, websocket: ServerConnection) -> None:
         """Serve a connection until it ends."""
-        _bound_stall(websocket)
+        user = user_of(websocket.request, self.tokens)
+        if user is None or len(self._websocket_to_client) >= self._max_clients:
+            # When full, no HTTP error: some clients never come back from one.
+            code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
+            self.log_refusal(code, address_of(websocket.remote_address), reason)
+            await websocket.close(code, reason)
+            return
+        _bound_buffers(websocket)
+        client = self._websocket_to_client[websocket] = Client('', None, websocket, user)
+        deadline = asyncio.get_running_loop().call_later(REGISTER_TIMEOUT, self._expect, client)
         reason = 'the relay has stopped'
         try:
-            while True:
-                text = await websocket.recv()
-                # A displaced client may still be heard, but must not displace in turn.
-                if websocket.state is State.OPEN:
-                    await self._receive(websocket, text)
+            await self._serve(client)
         except ConnectionClosed as error:
             reason = f'closed with {error.rcvd.code}' if error.rcvd else 'connection lost'
         except Exception:
             reason = 'a defect of the relay'
-            logger.exception('A defect of the relay, at %s', address_of(websocket.remote_address))
+            logger.exception('A defect of the relay, met by %s', client)
             raise
         finally:
-            self._remove(websocket, reason)
-            self._refusals.pop(websocket, None)
+            self._remove(client, reason)
+            deadline.cancel()
+            self._refusals.pop(client, None)
+            del self._websocket_to_client[websocket]
+
+    async def _serve(self, client: Client) -> None:
+        """Deal with a connection's messages, no faster than the rate and a burst."""
+        due = time.monotonic()
+        while True:
+            text = await self._recv(client)
+            # A displaced client may still be heard, but must not displace in turn.
+            if client.websocket.state is State.OPEN:
+                await self._receive(client.websocket, text)
+            if self._rate:
+                now = time.monotonic()
+                due = max(due, now - BURST) + 1 / self._rate
+                if due > now:
+                    await asyncio.sleep(due - now)
+
+    async def _recv(self, client: Client) -> str | bytes:
+        # In fragments of a byte each, one message could take 200 MB.
+        parts: list[Any] = []
+        async for part in client.websocket.recv_streaming():
+            if len(parts) == MAX_FRAGMENTS:
+                self._close(client, 1009, 'too many fragments')
+            if len(parts) <= MAX_FRAGMENTS:
+                parts.append(part)
+        return ''.join(parts) if isinstance(parts[0], str) else b''
+
+    def _expect(self, client: Client) -> None:
+        if client.uuid is None:
+            self._close(client, 1008, f'no registration within {REGISTER_TIMEOUT} s')
 
     async def _receive(self, websocket: ServerConnection, text: str | bytes) -> None:
+        client = self._websocket_to_client[websocket]
         try:
             message = decode(text)
         except MessageDecodeError as error:
-            await self._refuse(websocket, str(error), error.response_type)
+            if client.uuid is None:
+                client.response_type = error.response_type
+            await self._refuse(client, str(error))
             return
         if isinstance(message, ServerRegistration):
             await self.register(websocket, message)
         elif isinstance(message, PeerConnection):
             await self.connect(websocket, message, str(text))
         else:
-            await self._refuse(websocket, 'a response is for the relay to send')
+            await self._refuse(client, 'a response is for the relay to send')
 
     async def register(self, websocket: ServerConnection, request: ServerRegistration) -> None:
         """Register a client and answer it, displacing whoever holds its UUID."""
-        client = self._websocket_to_client.get(websocket)
-        if client is None:
-            holder = self._uuid_to_client.get(request.uuid)
+        client = self._websocket_to_client[websocket]
+        if client.uuid is None:
+            holder = self._uuid_to_client.get((client.user, request.uuid))
             if holder is not None:
                 await asyncio.wait({self._displace(holder)}, timeout=TAKEOVER_WAIT)
-            self._admit(websocket, request)
+            self._admit(client, request)
         elif client.uuid == request.uuid:
             await self.send(websocket, ServerResponse(message_type=client.response_type))
         else:
-            await self._refuse(
-                websocket, f'this connection is registered as {client.uuid} already'
-            )
+            await self._refuse(client, f'this connection is registered already, as {client.uuid}')
 
-    def _admit(self, websocket: ServerConnection, request: ServerRegistration) -> None:
+    def _admit(self, client: Client, request: ServerRegistration) -> None:
         """Register a client and answer it, without an `await` in between.
 
-        So nothing is forwarded to it before the answer, and of those that took the UUID while
-        its holder was being displaced none is left in the registry unseen.
+        Nothing is forwarded to it before, and whoever took the UUID meanwhile is displaced too.
         """
-        if websocket.state is not State.OPEN:
+        if client.websocket.state is not State.OPEN:
             return
-        if request.uuid in self._uuid_to_client:
-            self._displace(self._uuid_to_client[request.uuid])
-        response_type = request.message_type.replace('registration', 'response')
-        # The address is kept for the log: a connection that is lost does not tell its own.
-        address = address_of(websocket.remote_address)
-        client = Client(request.name, request.uuid, websocket, response_type, address)
-        self._uuid_to_client[client.uuid] = client
-        self._websocket_to_client[websocket] = client
-        broadcast((websocket,), encode(ServerResponse(message_type=response_type)))
+        rival = self._uuid_to_client.get((client.user, request.uuid))
+        if rival is not None:
+            self._displace(rival)
+        client.name, client.uuid = request.name, request.uuid
+        client.response_type = request.message_type.replace('registration', 'response')
+        self._uuid_to_client[client.user, client.uuid] = client
+        broadcast((client.websocket,), encode(ServerResponse(message_type=client.response_type)))
         logger.info('Registered %s', client)
 
     def _displace(self, client: Client) -> asyncio.Task[None]:
         """Remove a registration at once, and close its connection in a task."""
-        self._remove(client.websocket, 'registered on another connection')
+        self._remove(client, 'registered on another connection')
         code = 4004 if client.response_type == 'relay_response' else 1001
-        task = asyncio.ensure_future(client.websocket.close(code, DISPLACED))
+        return self._close(client, code, DISPLACED)
+
+    def _close(self, client: Client, code: int, reason: str) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(client.websocket.close(code, reason))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         return task
@@ -365,17 +456,15 @@ class RelayServer:
         if client is not None and not expected:
             await self._displace(client)
         elif client is not None:
-            self._remove(websocket, 'closed by the relay')
+            self._remove(client, 'closed by the relay')
             await websocket.close()
 
-    def _remove(self, websocket: ServerConnection, reason: str) -> None:
-        client = self._websocket_to_client.pop(websocket, None)
-        if client is None:
+    def _remove(self, client: Client, reason: str) -> None:
+        # The UUID may never have been this connection's, or have become another's.
+        if self._uuid_to_client.get((client.user, client.uuid)) is not client:
             return
-        # The UUID may have become another connection's.
-        if self._uuid_to_client.get(client.uuid) is client:
-            del self._uuid_to_client[client.uuid]
-        refused = self._refusals.get(websocket, (0, 0))[1]
+        del self._uuid_to_client[client.user, client.uuid]
+        refused = self._refusals.get(client, (0, 0))[1]
         refusals = f', {refused} messages refused' if refused else ''
         logger.info('Unregistered %s: %s%s', client, reason, refusals)
 
@@ -383,14 +472,14 @@ class RelayServer:
         self, websocket: ServerConnection, message: PeerConnection, text: str = ''
     ) -> None:
         """Forward a message, in the text it came in, or send it back with an error."""
-        client = self._websocket_to_client.get(websocket)
-        if client is None:
-            await self._refuse(websocket, 'client has not registered yet')
+        client = self._websocket_to_client[websocket]
+        if client.uuid is None:
+            await self._refuse(client, 'client has not registered yet')
             return
         reason = self._forward(client, message, text or encode(message))
         if reason is None:
             return
-        self._log_refusal(websocket, f'to {message.peer_uuid}, because {reason}')
+        self.log_refusal(client, client, f'to {message.peer_uuid}, because {reason}')
         error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
         answer = replace(message, error=f'{error}because {reason}.')
         # With the error, and escapes for what is not ASCII, it may be too long for its sender.
@@ -402,7 +491,7 @@ class RelayServer:
         """Write a text to the peer without waiting, or return why that cannot be."""
         if message.source_uuid != client.uuid:
             return "source_uuid is not the sender's"
-        peer = self._uuid_to_client.get(message.peer_uuid)
+        peer = self._uuid_to_client.get((client.user, message.peer_uuid))
         # A connection that is being closed would lose the message without a word.
         if peer is None or peer.websocket.state is not State.OPEN:
             return 'this peer is unknown'
@@ -418,38 +507,110 @@ class RelayServer:
         with contextlib.suppress(ConnectionClosed):
             await websocket.send(encode(message))
 
-    async def _refuse(
-        self, websocket: ServerConnection, reason: str, response_type: str = 'server_response'
-    ) -> None:
+    async def _refuse(self, client: Client, reason: str) -> None:
         """Answer what is not a message, or not in its place, with the reason."""
-        client = self._websocket_to_client.get(websocket)
-        if client is not None:
-            response_type = client.response_type
-        self._log_refusal(websocket, reason)
-        await self.send(websocket, ServerResponse(False, reason, True, response_type))
+        self.log_refusal(client, client, reason)
+        answer = ServerResponse(False, reason, True, client.response_type)
+        await self.send(client.websocket, answer)
 
-    def _log_refusal(self, websocket: ServerConnection, reason: str) -> None:
-        """Count a refusal, and log it unless the connection had one logged lately."""
-        logged, count = self._refusals.get(websocket, (float('-inf'), 0))
+    def log_refusal(self, source: Any, who: Any, reason: str) -> None:
+        """Count a refusal, and log it unless its source had one logged lately."""
+        logged, count = self._refusals.get(source, (float('-inf'), 0))
         now = time.monotonic()
         if now - logged >= REFUSAL_INTERVAL:
             logged = now
-            who = self._websocket_to_client.get(websocket) or address_of(websocket.remote_address)
-            logger.warning('Refused a message from %s: %s (%d before)', who, reason, count)
-        self._refusals[websocket] = (logged, count + 1)
+            logger.warning('Refused %s: %s (%d before)', who, reason, count)
+        self._refusals[source] = (logged, count + 1)
+
+    def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log in one line that newcomers have to wait until there are files for them again."""
+        error = context.get('exception')
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            self.log_refusal(errno.EMFILE, 'newcomers for the moment', error.strerror or '')
+        else:
+            loop.default_exception_handler(context)
+
+    def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
+        """Read tokens and certificate again, both or neither; end who has no token any more."""
+        try:
+            tokens = self._token_file and read_tokens(self._token_file)
+            # A pair that does not match would leave the context in use with neither.
+            renewed = tls and _tls(certfile, keyfile)
+        except StartError as error:
+            logger.error('Reloaded nothing: %s', error)
+            return
+        if tls and renewed:
+            tls.load_cert_chain(certfile, keyfile)
+        if tokens:
+            self.tokens = tokens
+        for client in self._websocket_to_client.values():
+            if tokens and client.user not in tokens.values():
+                self._close(client, 1008, 'no valid token')
+        logger.info('Reloaded')
 
 
 def address_of(address: Any) -> str:
-    """Return a socket's address in one word."""
+    """Return the address of a socket in one word."""
     if not isinstance(address, tuple):
         return 'unknown address'
-    return '{}:{}'.format(f'[{address[0]}]' if ':' in address[0] else address[0], address[1])
+    return f'[{address[0]}]:{address[1]}' if ':' in address[0] else f'{address[0]}:{address[1]}'
 
 
-def _bound_stall(websocket: ServerConnection) -> None:
+def _bound_buffers(websocket: ServerConnection) -> None:
+    """Have the kernel end a connection whose peer has stopped reading, and read little ahead."""
     sock = websocket.transport.get_extra_info('socket')
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT)
+
+
+# ------------------------------------------------------------------------------- Access
+
+# By the digest of a token, whose it is. Finding a digest takes no time that tells about a token.
+Tokens = dict[bytes, str]
+
+WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
+
+
+def read_tokens(path: str) -> Tokens:
+    """Return the tokens in a file: a line `user:token` each, comments after `#`, nothing else."""
+    tokens: Tokens = {}
+    try:
+        with open(path, encoding='utf-8') as file:
+            if os.fstat(file.fileno()).st_mode & 0o007:
+                logger.warning('%s is open to every user of this machine', path)
+            lines = [line.partition('#')[0].strip() for line in file]
+    except (OSError, ValueError) as error:
+        raise StartError(f'cannot read {path}: {_why(error)}') from error
+    for number, line in enumerate(lines, 1):
+        user, _, token = line.partition(':')
+        if line and not (user and token and line.isprintable() and ' ' not in line):
+            raise StartError(f'{path}, line {number}: not of the form user:token')
+        if line and tokens.setdefault(_digest(token), user) != user:
+            raise StartError(f'{path}, line {number}: the token of another user')
+    if not tokens:
+        raise StartError(f'{path} holds no line of the form user:token')
+    return tokens
+
+
+def user_of(request: Request | None, tokens: Tokens | None) -> str | None:
+    """Return whose token a request shows, None if nobody's, '' if no tokens are in use."""
+    if request is None or tokens is None:
+        return ''
+    try:
+        kind, _, value = ' '.join(request.headers.get_all('Authorization')).partition(' ')
+        if kind.lower() == 'basic':
+            named, _, token = base64.b64decode(value, validate=True).decode().partition(':')
+            user = tokens.get(_digest(token))
+            return user if user == named else None
+        query = parse_qs(urlsplit(request.path).query)
+        return tokens.get(_digest(value if kind.lower() == 'bearer' else query['token'][0]))
+    except (KeyError, ValueError):
+        return None
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
 
 
 # ------------------------------------------------------------------------------- Server
@@ -460,21 +621,30 @@ class StartError(Exception):
 
 
 async def serve(
-    host: str, port: int, certfile: str | None = None, keyfile: str | None = None
+    host: str,
+    port: int,
+    certfile: str | None = None,
+    keyfile: str | None = None,
+    relay: RelayServer | None = None,
+    **limits: Any,
 ) -> None:
-    """Serve a relay until SIGINT or SIGTERM, with TLS where a certificate is given.
+    """Serve a relay until SIGINT or SIGTERM; SIGHUP reads tokens and certificate again.
 
-    Raises:
-        StartError: If the address, the certificate or its key cannot be used.
+    `limits` go before LIMITS. Raises StartError if the address or a file cannot be used.
     """
+    relay = relay or RelayServer()
     tls = None if certfile is None else _tls(certfile, keyfile)
-    _raise_file_limit()
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = await _listen(RelayServer(), host, port, tls)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(relay.on_loop_error)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
+    server = await _listen(relay, host, port, tls, **limits)
     for sock in server.sockets:
         logger.info('Serving relay server on %s', address_of(sock.getsockname()))
+    if relay.tokens is None:
+        logger.warning('No --token-file: whoever can reach this relay can use it')
     await stop.wait()
     logger.info('Stopping')
     server.close()
@@ -484,29 +654,39 @@ async def serve(
     logger.info('Server closed')
 
 
-async def _listen(relay: RelayServer, host: str, port: int, tls: ssl.SSLContext | None) -> Server:
-    limits: dict[str, Any] = {'ssl_handshake_timeout': OPEN_TIMEOUT} if tls else {}
+class _Connection(ServerConnection):
+    """A connection that ends at once, and leaves a line, where no WebSocket is asked for."""
+
+    def data_received(self, data: bytes) -> None:
+        # A TLS hello: websockets would wait for the end of its first line.
+        if self.request is None and data.startswith(b'\x16'):
+            self.transport.abort()
+        else:
+            super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.request is None:
+            logger.debug('No handshake from %s', address_of(self.remote_address))
+        super().connection_lost(exc)
+
+
+async def _listen(
+    relay: RelayServer, host: str, port: int, tls: ssl.SSLContext | None = None, **limits: Any
+) -> Server:
+    limits = {**LIMITS, 'create_connection': _Connection, **limits}
+    limits['process_request'] = relay.process_request
+    if tls is not None:
+        limits.update(ssl=tls, ssl_handshake_timeout=limits['open_timeout'])
     try:
-        return await listen(
-            relay.handler,
-            host,
-            port,
-            ssl=tls,
-            # For clients that offer compression, as ProxyStore's do, it takes 40 KiB each.
-            compression=None,
-            max_size=MAX_MESSAGE,
-            max_queue=MAX_QUEUE,
-            open_timeout=OPEN_TIMEOUT,
-            close_timeout=CLOSE_TIMEOUT,
-            ping_interval=PING_INTERVAL,
-            ping_timeout=PING_TIMEOUT,
-            **limits,
-        )
-    except (OSError, UnicodeError) as error:
-        # asyncio wraps the reason in a sentence of its own; a failed look-up has no errno > 0.
-        number = getattr(error, 'errno', None) or 0
-        reason = os.strerror(number) if number > 0 else getattr(error, 'strerror', error)
-        raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
+        return await listen(relay.handler, host, port, **limits)
+    except (OSError, ValueError) as error:
+        raise StartError(f'cannot listen on {host}:{port}: {_why(error)}') from error
+
+
+def _why(error: Exception) -> str:
+    # asyncio wraps the system's words in its own; those of a failed look-up are not the system's.
+    number = getattr(error, 'errno', None) or 0
+    return os.strerror(number) if number > 0 else getattr(error, 'strerror', str(error))
 
 
 def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
@@ -526,20 +706,11 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
             raise StartError(f'{path} is not the key of the certificate {certfile}') from error
         raise StartError(f'{path} holds no {content} in PEM format') from error
     except OSError as error:
-        raise StartError(f'cannot read {path}: {error.strerror}') from error
+        raise StartError(f'cannot read {path}: {_why(error)}') from error
     return context
 
 
-def _raise_file_limit() -> None:
-    """Allow as many connections as the system does; 1,024 files are a relay's first end."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    # Some systems refuse the limit that they call unlimited.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 # ------------------------------------------------------------------------------- Command line
-
 
 LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
 LOG_FORMAT = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
@@ -553,19 +724,28 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: {message}\n')
 
 
-def _port(text: str) -> int:
-    if text.isdecimal() and int(text) < 2**16:
-        return int(text)
-    raise argparse.ArgumentTypeError(f'{text!r} is not a port, 0 to 65535')
+def _from(least: int, most: float = float('inf')) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if text.isdecimal() and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {least} to {most}')
+
+    return number
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser('relay.py', description=(__doc__ or '').partition('\n')[0])
     add = parser.add_argument
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='listen on (%(default)s)')
-    add('--port', default=8765, type=_port, help='listen on, 0 for any (%(default)s)')
+    add('--port', default=8765, type=_from(0, 65535), help='listen on, 0 for any (%(default)s)')
     add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')
     add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
+    add('--token-file', metavar='PATH', help='lines user:token, for who may use it (anybody)')
+    add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
+    add('--max-clients', type=_from(1), metavar='N', help='at once (the open-file limit less 64)')
+    add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help='(%(default)s)')
+    add('--rate', default=RATE, type=_from(0), metavar='N', help='messages a second (%(default)s)')
+    add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help='(%(default)s)')
     add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Sunday')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
     add('--version', action='version', version=VERSION % sys.version_info[:3])
@@ -594,12 +774,22 @@ def _log_to(log_dir: str | None, level: str) -> None:
     logging.getLogger('websockets').setLevel(logging.CRITICAL)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the relay; return the exit status."""
     options = _options(argv)
     try:
         _log_to(options.log_dir, options.log_level)
-        asyncio.run(serve(options.host, options.port, options.certfile, options.keyfile))
+        # 1,024 open files are a relay's first end. (Some systems refuse to give all they have.)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        relay = RelayServer(options.token_file, options.max_clients, options.rate)
+        limits = {'max_size': options.max_message, 'ping_interval': options.ping_interval or None}
+        # A client that is no browser has no origin.
+        limits['origins'] = options.allow_origin and [*options.allow_origin, None]
+        asyncio.run(
+            serve(options.host, options.port, options.certfile, options.keyfile, relay, **limits)
+        )
     except StartError as error:
         print(f'relay.py: {error}', file=sys.stderr)
         return 1

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import functools
+import gc
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -18,12 +21,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import pytest
 import websockets.asyncio.server
 from websockets.asyncio.client import connect as open_websocket
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 
 import relay
@@ -58,10 +62,10 @@ def run_async(test):
 
 
 @contextlib.asynccontextmanager
-async def running_relay(tls=None):
+async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limits):
     """Serve a relay as the command line does; yields it, with its URL as `url`."""
-    server = RelayServer()
-    async with await relay._listen(server, '127.0.0.1', 0, tls) as listener:
+    server = RelayServer(tokens, max_clients, rate)
+    async with await relay._listen(server, '127.0.0.1', 0, tls, **limits) as listener:
         port = listener.sockets[0].getsockname()[1]
         server.url = f'{"wss" if tls else "ws"}://127.0.0.1:{port}/'
         yield server
@@ -133,6 +137,11 @@ async def registered(server, uuid, name='laptop', generation='server', **options
         peer = Peer(websocket, uuid, name, generation)
         assert await peer.ask(peer.registration()) == peer.response()
         yield peer
+
+
+def holder(server, uuid, user=''):
+    """Return the client that a UUID is registered for, or None."""
+    return server._uuid_to_client.get((user, uuid))
 
 
 def unknown(uuid):
@@ -307,7 +316,7 @@ async def test_a_registration_is_answered_in_kind(generation):
 async def test_registering_again_on_the_same_socket_changes_nothing(generation):
     async with running_relay() as server, registered(server, A, generation=generation) as peer:
         assert await peer.ask({**peer.registration(), 'name': 'other'}) == peer.response()
-        assert server._uuid_to_client[A].name == 'laptop'
+        assert holder(server, A).name == 'laptop'
 
 
 @both_generations
@@ -317,7 +326,7 @@ async def test_a_second_uuid_on_one_socket_is_refused(generation):
         answer = await peer.ask({**peer.registration(), 'uuid': str(B)})
         assert answer == peer.response(answer['message'])
         assert str(A) in answer['message']
-        assert list(server._uuid_to_client) == [A]
+        assert list(server._uuid_to_client) == [('', A)]
 
 
 @pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
@@ -370,10 +379,10 @@ async def test_of_those_that_race_for_a_uuid_one_wins_and_is_reachable():
             assert answers == [racers[0].response()] * 20
             await until(lambda: len(server._websocket_to_client) == 2 and not server._closing)
             await peer.say(peer.offer(A))
-            holder = server._uuid_to_client[A].websocket.remote_address
-            (winner,) = [r for r in racers if r.websocket.local_address == holder]
+            address = holder(server, A).websocket.remote_address
+            (winner,) = [r for r in racers if r.websocket.local_address == address]
             assert await winner.hear() == peer.offer(A)
-        await until(lambda: A not in server._uuid_to_client)
+        await until(lambda: not holder(server, A))
         assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
 
 
@@ -503,7 +512,7 @@ async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded():
             stall(stalled)
             refusal = await fill_backlog(sender, B)
             assert refusal['error'].endswith('this peer does not read what is sent to it.')
-            transport = server._uuid_to_client[B].websocket.transport
+            transport = holder(server, B).websocket.transport
             assert transport.get_write_buffer_size() <= relay.MAX_BACKLOG
             await exchange(sender, other)
             stalled.websocket.transport.resume_reading()
@@ -591,7 +600,7 @@ async def test_a_new_client_hears_the_answer_first_and_each_message_has_one_verd
                     refused += 1
                 for _ in range(5 - refused):
                     assert await peer.hear() == sender.offer(B)
-            await until(lambda: B not in server._uuid_to_client)
+            await until(lambda: not holder(server, B))
 
 
 # ------------------------------------------------------------------------------- Endings
@@ -661,9 +670,9 @@ async def test_whatever_ends_a_connection_ends_its_registration(leave, caplog):
         async with running_relay() as server, registered(server, B) as peer:
             async with registered(server, A) as gone:
                 await leave(gone)
-                await until(lambda: A not in server._uuid_to_client)
+                await until(lambda: not holder(server, A))
             assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
-            assert list(server._websocket_to_client) == [server._uuid_to_client[B].websocket]
+            assert list(server._websocket_to_client) == [holder(server, B).websocket]
             assert not server._closing
         assert not server._websocket_to_client and not server._refusals
         assert [line for line in lines() if line.startswith(f'Unregistered {A}')]
@@ -683,7 +692,7 @@ async def test_a_defect_is_logged_and_ends_only_its_own_connection(caplog, monke
             patch.setattr(server, 'connect', broken)
             await one.say(one.offer(B))
             assert await one.closed_with() == CloseCode.INTERNAL_ERROR
-        assert list(server._uuid_to_client) == [B]
+        assert list(server._uuid_to_client) == [('', B)]
         await exchange(other, other)
     assert [r.exc_info[0] for r in caplog.records if r.name == 'relay'] == [ZeroDivisionError]
 
@@ -691,9 +700,9 @@ async def test_a_defect_is_logged_and_ends_only_its_own_connection(caplog, monke
 @run_async
 async def test_a_connection_that_takes_nothing_is_ended_by_the_kernel():
     async with running_relay() as server, registered(server, A):
-        sock = server._uuid_to_client[A].websocket.transport.get_extra_info('socket')
+        sock = holder(server, A).websocket.transport.get_extra_info('socket')
         milliseconds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-        assert relay.PING_TIMEOUT * 1000 < milliseconds < 5 * 60_000
+        assert relay.LIMITS['ping_timeout'] * 1000 < milliseconds < 5 * 60_000
 
 
 @run_async
@@ -738,7 +747,7 @@ async def test_the_handler_serves_on_a_unix_socket(tmp_path):
 @run_async
 async def test_unregister_closes_the_connection(expected, code):
     async with embedded_relay() as server, registered(server, A) as peer:
-        websocket = server._uuid_to_client[A].websocket
+        websocket = holder(server, A).websocket
         await server.unregister(websocket, expected)
         assert await peer.closed_with() == code
         await server.unregister(websocket, expected)
@@ -748,7 +757,7 @@ async def test_unregister_closes_the_connection(expected, code):
 @run_async
 async def test_connect_forwards_a_message_that_came_without_a_text():
     async with embedded_relay() as server, registered(server, A), registered(server, B) as other:
-        await server.connect(server._uuid_to_client[A].websocket, MESSAGES[4])
+        await server.connect(holder(server, A).websocket, MESSAGES[4])
         assert await other.websocket.recv() == encode(MESSAGES[4])
 
 
@@ -763,11 +772,10 @@ async def test_the_log_tells_who_came_and_left_and_why(caplog):
                 address = '%s:%d' % peer.websocket.local_address
                 await peer.ask('nope')
                 await peer.websocket.close(4999)
-        who = f"{A} ('laptop' at {address})"
+        who = f"{A} ('laptop', at {address})"
         assert lines() == [
             f'Registered {who}',
-            f'Refused a message from {who}: not JSON: Expecting value: line 1 column 1 (char 0)'
-            ' (0 before)',
+            f'Refused {who}: not JSON: Expecting value: line 1 column 1 (char 0) (0 before)',
             f'Unregistered {who}: closed with 4999, 1 messages refused',
         ]
 
@@ -877,7 +885,7 @@ async def test_a_signal_closes_the_clients_and_ends_the_program(signals):
             assert await peer.closed_with() == CloseCode.GOING_AWAY
         rest, errors = process.communicate(timeout=8)
         assert (process.returncode, errors) == (0, '')
-        form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] INFO  \(relay\) :: \S.*'
+        form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] (INFO |WARNING) \(relay\) :: \S.*'
         lines = [*process.lines, *rest.splitlines()]
         assert len(lines) >= 5 and all(re.fullmatch(form, line.strip()) for line in lines)
 
@@ -1051,6 +1059,567 @@ def test_a_file_that_may_not_be_read_is_one_line_that_names_it(pem, monkeypatch)
     monkeypatch.setattr('builtins.open', refuse)
     with pytest.raises(relay.StartError, match=r'cannot read .*cert\.key: Permission denied'):
         relay._tls(str(pem / 'cert.pem'), str(pem / 'cert.key'))
+
+
+# ------------------------------------------------------------------------------- Access
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """A token file: two tokens of alice, one of bob."""
+    path = tmp_path / 'tokens'
+    path.write_text('# who may use it\n\nalice:a1 # her laptop\n  alice:a2:x\nbob:b1\n')
+    path.chmod(0o600)
+    return str(path)
+
+
+def bearer(token):
+    return {'additional_headers': {'Authorization': f'Bearer {token}'}}
+
+
+def basic(text):
+    return {'additional_headers': {'Authorization': 'Basic ' + base64.b64encode(text).decode()}}
+
+
+def within(server, userinfo='', query=''):
+    """Return the relay with a token in its URL."""
+    url = server.url.replace('://', f'://{userinfo}') + query
+    return SimpleNamespace(url=url)
+
+
+@pytest.mark.parametrize(
+    'options, user',
+    [
+        (bearer('a1'), 'alice'),
+        (bearer('b1'), 'bob'),
+        ({'additional_headers': {'authorization': 'bearer a2:x'}}, 'alice'),
+        (basic(b'alice:a2:x'), 'alice'),
+        (basic(b'bob:b1'), 'bob'),
+    ],
+    ids=str,
+)
+@run_async
+async def test_a_token_in_a_header_tells_the_user(tokens, options, user):
+    async with running_relay(tokens=tokens) as server, registered(server, A, **options):
+        assert holder(server, A, user)
+
+
+@pytest.mark.parametrize(
+    'userinfo, query, user',
+    [
+        ('alice:a1@', '', 'alice'),
+        ('', '?token=b1', 'bob'),
+        ('', 'any/path?x=1&token=a2%3Ax', 'alice'),
+    ],
+)
+@run_async
+async def test_a_token_in_the_url_tells_the_user(tokens, userinfo, query, user):
+    async with running_relay(tokens=tokens) as server:
+        async with registered(within(server, userinfo, query), A):
+            assert holder(server, A, user)
+
+
+@pytest.mark.parametrize(
+    'query, options',
+    [
+        ('', {}),
+        ('', bearer('')),
+        ('', bearer('a')),
+        ('', bearer('a11')),
+        ('', bearer('alice:a1')),
+        ('', basic(b'bob:a1')),
+        ('', basic(b'alice:')),
+        ('', basic(b'a1')),
+        ('', basic(b'\xff\xfe')),
+        ('', {'additional_headers': {'Authorization': 'Basic %%%'}}),
+        ('', {'additional_headers': {'Authorization': 'Digest a1'}}),
+        (
+            '',
+            {
+                'additional_headers': [
+                    ('Authorization', 'Bearer a1'),
+                    ('Authorization', 'Bearer b1'),
+                ]
+            },
+        ),
+        ('?token=', {}),
+        ('?token=%ff', {}),
+        ('?token=' + 'x' * 4000, {}),
+        ('?Token=a1', {}),
+        ('/[?token=a1', {}),
+    ],
+    ids=range(17),
+)
+@run_async
+async def test_without_a_valid_token_the_handshake_ends_with_401(tokens, query, options, caplog):
+    with logged(caplog, 'INFO') as lines:
+        async with running_relay(tokens=tokens) as server:
+            for _ in range(3):
+                with pytest.raises(InvalidStatus) as caught:
+                    await open_websocket(server.url + query, **options)
+                assert caught.value.response.status_code == 401
+                assert 'Bearer' in caught.value.response.headers['WWW-Authenticate']
+            assert not server._websocket_to_client
+    assert [line.partition(': ')[2] for line in lines()] == ['no valid token (0 before)']
+    assert 'a1' not in ''.join(lines())
+
+
+@run_async
+async def test_to_a_client_only_those_of_its_own_user_exist(tokens):
+    async with running_relay(tokens=tokens) as server:
+        async with (
+            registered(server, A, **bearer('a1')) as one,
+            registered(server, B, **bearer('b1')) as bob,
+        ):
+            missing = (await one.ask(one.offer(C)))['error']
+            assert (await one.ask(one.offer(B)))['error'] == missing.replace(str(C), str(B))
+            # The same UUID, of another user: nobody is displaced, and each reaches its own.
+            async with registered(server, A, **bearer('b1')) as other:
+                async with registered(server, B, **bearer('a2:x')) as two:
+                    await exchange(one, two)
+                    await exchange(bob, other)
+            assert 'unknown' in (await one.ask(one.offer(B)))['error']
+            await exchange(one, one)
+
+
+@run_async
+async def test_the_handler_refuses_what_another_server_let_in_without_a_token(tokens):
+    server = RelayServer(tokens)
+    async with websockets.asyncio.server.serve(server.handler, '127.0.0.1', 0) as listener:
+        server.url = 'ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1]
+        async with connected(server) as peer:
+            assert await peer.closed_with() == CloseCode.POLICY_VIOLATION
+        async with registered(server, A, **bearer('a1')):
+            assert holder(server, A, 'alice')
+
+
+@pytest.mark.parametrize(
+    'content, fault',
+    [
+        ('alice', 'line 1: not of the form'),
+        ('# x\nalice:a1\nbob b1', 'line 3: not of the form'),
+        (':a1', 'line 1: not of the form'),
+        ('alice:', 'line 1: not of the form'),
+        ('alice:a 1', 'line 1: not of the form'),
+        ('alice:a\x1b1', 'line 1: not of the form'),
+        ('alice:a1\nbob:a1', 'line 2: the token of another user'),
+        ('', 'holds no line of the form user:token'),
+        ('# alice:a1\n\n', 'holds no line of the form user:token'),
+        (b'alice:\xff', 'cannot read'),
+        (None, 'cannot read'),
+    ],
+)
+def test_a_wrong_token_file_is_one_line_that_names_it(tmp_path, content, fault):
+    path = tmp_path / 'tokens'
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.chmod(0o600)
+    line = fails('--port', '0', '--token-file', path)
+    assert fault in line and str(path) in line and 'a1' not in line
+
+
+def test_a_token_file_that_others_may_read_is_a_warning(tokens, caplog):
+    Path(tokens).chmod(0o644)
+    assert len(relay.read_tokens(tokens)) == 3
+    assert [r.levelname for r in caplog.records] == ['WARNING'] and tokens in caplog.text
+
+
+async def reloaded(process):
+    """Have the relay read its files again, and return the line that says how it went."""
+    process.send_signal(signal.SIGHUP)
+    return await asyncio.get_running_loop().run_in_executor(None, process.stdout.readline)
+
+
+def skip_lines(process, number):
+    for _ in range(number):
+        process.stdout.readline()
+
+
+@run_async
+async def test_a_reload_changes_tokens_and_ends_only_who_is_gone(tokens):
+    with running_program('--token-file', tokens, '--rate', '0') as process:
+        async with (
+            registered(process, A, **bearer('a1')) as alice,
+            registered(process, B, **bearer('b1')) as bob,
+        ):
+            skip_lines(process, 2)
+            Path(tokens).write_text('alice:a3')
+            assert 'Reloaded' in await reloaded(process)
+            assert await bob.closed_with() == CloseCode.POLICY_VIOLATION
+            skip_lines(process, 1)
+            await exchange(alice, alice)
+            async with registered(process, B, **bearer('a3')) as new:
+                await exchange(alice, new)
+                skip_lines(process, 1)
+                Path(tokens).write_text('nonsense')
+                line = await reloaded(process)
+                assert 'ERROR' in line and f'{tokens}, line 1' in line
+                await exchange(alice, new)
+            for gone in ('a1', 'b1'):
+                with pytest.raises(InvalidStatus):
+                    await open_websocket(process.url, **bearer(gone))
+
+
+async def certificate_of(process, pem):
+    """Return the certificate that a new client is shown."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    async with open_websocket(process.url.replace('ws:', 'wss:'), ssl=context) as websocket:
+        tls = websocket.transport.get_extra_info('ssl_object')
+        return ssl.DER_cert_to_PEM_cert(tls.getpeercert(True))
+
+
+@run_async
+async def test_a_reload_changes_the_certificate_for_newcomers_and_ends_nobody(pem, tmp_path):
+    cert, key = tmp_path / 'cert.pem', tmp_path / 'key.pem'
+    shutil.copy(pem / 'cert.pem', cert)
+    shutil.copy(pem / 'cert.key', key)
+    old, new = ((pem / f'{name}.pem').read_text() for name in ('cert', 'other'))
+    with running_program('--certfile', cert, '--keyfile', key, '--rate', '0') as process:
+        server = SimpleNamespace(url=process.url.replace('ws:', 'wss:'))
+        async with registered(server, A, ssl=trusting(pem)) as peer:
+            skip_lines(process, 2)
+            shutil.copy(pem / 'other.pem', cert)
+            line = await reloaded(process)
+            assert 'ERROR' in line and f'{key} is not the key of' in line
+            assert await certificate_of(process, pem) == old
+            shutil.copy(pem / 'other.key', key)
+            assert 'Reloaded' in await reloaded(process)
+            assert await certificate_of(process, pem) == new
+            await exchange(peer, peer)
+
+
+@run_async
+async def test_a_reload_without_files_ends_nobody():
+    with running_program('--rate', '0') as process:
+        async with registered(process, A) as peer:
+            skip_lines(process, 2)
+            assert 'Reloaded' in await reloaded(process)
+            await exchange(peer, peer)
+
+
+# ------------------------------------------------------------------------------- Limits
+
+
+@run_async
+async def test_a_client_too_many_is_closed_with_1013_and_nobody_else(caplog):
+    with logged(caplog, 'INFO') as lines:
+        async with running_relay(max_clients=2) as server, registered(server, A) as one:
+            async with connected(server):
+                async with connected(server) as late, connected(server) as later:
+                    assert await late.closed_with() == CloseCode.TRY_AGAIN_LATER
+                    assert await later.closed_with() == CloseCode.TRY_AGAIN_LATER
+                await exchange(one, one)
+            await until(lambda: len(server._websocket_to_client) == 1)
+            async with registered(server, B) as other:
+                await exchange(one, other)
+    assert len([line for line in lines() if 'no room' in line]) == 1
+
+
+def test_clients_are_as_many_as_there_are_files_for():
+    import resource
+
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert RelayServer()._max_clients == files - relay.SPARE_FILES
+
+
+@run_async
+async def test_the_longest_message_is_an_option():
+    async with running_relay(max_size=300) as server, registered(server, A) as peer:
+        await peer.ask(peer.offer(A))
+        await peer.say(peer.offer(A, description='x' * 300))
+        assert await peer.closed_with() == CloseCode.MESSAGE_TOO_BIG
+
+
+@run_async
+async def test_a_message_too_long_is_refused_before_it_has_come():
+    async with running_relay() as server, registered(server, A) as peer:
+        # A frame of 2 GiB, of which one byte comes.
+        peer.websocket.transport.write(b'\x81\xff\0\0\0\0\x80\0\0\0' + b'\0' * 5)
+        assert await peer.closed_with() == CloseCode.MESSAGE_TOO_BIG
+
+
+@pytest.mark.parametrize('number', [1, 2, 4000])
+@run_async
+async def test_a_message_in_fragments_is_forwarded_whole(number):
+    async with running_relay() as server, registered(server, A) as peer:
+        text = json.dumps(peer.offer(A, description='\u00e9' * 4000), ensure_ascii=False)
+        size = len(text) // number + 1
+        await peer.websocket.send(text[n : n + size] for n in range(0, len(text), size))
+        assert await peer.websocket.recv() == text
+
+
+@run_async
+async def test_a_message_in_too_many_fragments_is_closed_with_1009():
+    async with running_relay() as server, registered(server, A) as peer:
+        one = b'\0\x81\0\0\0\0x'
+        peer.websocket.transport.write(b'\x01' + one[1:] + one * 20_000)
+        assert await peer.closed_with() == CloseCode.MESSAGE_TOO_BIG
+
+
+@run_async
+async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
+    async with (
+        running_relay(rate=100) as server,
+        registered(server, A) as fast,
+        registered(server, B) as peer,
+    ):
+        async with registered(server, C) as other:
+            messages = [fast.offer(B, description=str(n)) for n in range(300)]
+            sending = asyncio.gather(*(fast.say(message) for message in messages))
+            # Another client does not wait with it: its message comes before the last of those.
+            await other.say(other.offer(B))
+            heard = [await peer.hear() for _ in range(301)]
+            await sending
+            assert heard.index(other.offer(B)) < 300
+            heard.remove(other.offer(B))
+            assert heard == messages
+
+
+@run_async
+async def test_who_does_not_register_in_time_is_closed_with_1008(monkeypatch):
+    monkeypatch.setattr(relay, 'REGISTER_TIMEOUT', 0.05)
+    async with running_relay() as server, registered(server, A) as one:
+        async with connected(server) as late:
+            assert await late.closed_with() == CloseCode.POLICY_VIOLATION
+        await exchange(one, one)
+
+
+@run_async
+async def test_a_half_open_handshake_goes_in_time():
+    async with running_relay(open_timeout=0.05) as server:
+        reader, writer = await asyncio.open_connection('127.0.0.1', port_of(server))
+        writer.write(b'GET / HTTP/1.1\r\nUpgrade:')
+        assert await reader.read() == b''
+        writer.close()
+
+
+@run_async
+async def test_a_client_that_answers_no_ping_is_closed_and_one_that_does_is_not():
+    async with (
+        running_relay(ping_interval=0.05, ping_timeout=0.1, close_timeout=0.1) as server,
+        registered(server, A) as one,
+    ):
+        async with registered(server, B) as silent:
+            stall(silent)
+            await until(lambda: not holder(server, B))
+            await exchange(one, one)
+            silent.websocket.transport.abort()
+
+
+def port_of(server):
+    return int(server.url.rstrip('/').rpartition(':')[2])
+
+
+async def http(server, request):
+    """Send bytes to the relay, and return all that it answers."""
+    reader, writer = await asyncio.open_connection('127.0.0.1', port_of(server))
+    try:
+        writer.write(request)
+        if request.endswith(b'EOF'):
+            writer.write_eof()
+        return await reader.read()
+    except ConnectionError:
+        return b''
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize('with_tokens', [False, True])
+@run_async
+async def test_a_web_browser_is_told_what_this_is(tokens, with_tokens):
+    async with running_relay(tokens=tokens if with_tokens else None) as server:
+        answer = (await http(server, b'GET / HTTP/1.1\r\nHost: relay\r\n\r\n')).decode()
+        assert answer.startswith('HTTP/1.1 426 ') and '\nUpgrade: websocket\r\n' in answer
+        assert answer.partition('\r\n\r\n')[2] == relay.WELCOME
+
+
+@run_async
+async def test_any_path_opens_a_websocket():
+    async with running_relay() as server:
+        async with registered(within(server, query='some/where?x=y'), A):
+            assert holder(server, A)
+
+
+@pytest.mark.parametrize(
+    'origin, welcome',
+    [(None, True), ('https://ours.example', True), ('https://theirs.example', False)],
+)
+@run_async
+async def test_web_pages_connect_from_the_origins_that_are_allowed(origin, welcome):
+    async with running_relay(origins=['https://ours.example', None]) as server:
+        if welcome:
+            async with registered(server, A, origin=origin):
+                assert holder(server, A)
+        else:
+            with pytest.raises(InvalidStatus) as caught:
+                await open_websocket(server.url, origin=origin)
+            assert caught.value.response.status_code == 403
+
+
+def test_the_limits_are_options(monkeypatch):
+    seen = {}
+
+    async def serve(host, port, certfile, keyfile, server, **limits):
+        seen.update(limits, relay=server)
+
+    monkeypatch.setattr(relay, 'serve', serve)
+    monkeypatch.setattr(relay, '_log_to', lambda *_: None)
+    line = '--max-clients 7 --max-message 300 --rate 0 --ping-interval 0 --allow-origin x'
+    assert relay.main([*line.split(), '--allow-origin', 'y']) == 0
+    server = seen.pop('relay')
+    assert (server._max_clients, server._rate, server.tokens) == (7, 0, None)
+    assert (seen['max_size'], seen['ping_interval']) == (300, None)
+    assert seen['origins'] == ['x', 'y', None]
+    assert relay.main([]) == 0
+    assert (seen['max_size'], seen['ping_interval'], seen['origins']) == (2**20, 30, None)
+    assert seen['relay']._rate == 500
+
+
+# ------------------------------------------------------------------------------- Attacks
+
+PROBES = {
+    'nothing': b'EOF',
+    'a few bytes': b'\0\1\2\3EOF',
+    'TLS hello': bytes.fromhex('16030100c8010000c40303') + bytes(200),
+    'HTTP/2 preface': b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n' + bytes(9),
+    'SSH banner': b'SSH-2.0-OpenSSH_9.9\r\n',
+    'POST': b'POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc',
+    '100 KB of header': b'GET / HTTP/1.1\r\nX: ' + b'x' * 100_000 + b'\r\n\r\n',
+    'many headers': b'GET / HTTP/1.1\r\n' + b'X: y\r\n' * 1000 + b'\r\n',
+    '100 KB of path': b'GET /' + b'x' * 100_000 + b' HTTP/1.1\r\n\r\n',
+    'half a handshake': b'GET / HTTP/1.1\r\nUpgrade: websocket\r\nEOF',
+    'a handshake without a key': b'GET / HTTP/1.1\r\nUpgrade: websocket\r\n\r\n',
+    'escapes in the path': b'GET /\x1b[2J\r\nERROR HTTP/1.1\r\nUpgrade: websocket\r\n\r\n',
+}
+
+
+@pytest.mark.parametrize('probe', PROBES.values(), ids=PROBES)
+@run_async
+async def test_a_scanner_is_refused_and_leaves_no_more_than_a_debug_line(
+    probe, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging, 'raiseExceptions', True)
+    monkeypatch.setattr(logging, 'basicConfig', lambda **_: None)
+    relay._log_to(None, 'DEBUG')
+    with logged(caplog):
+        async with running_relay(open_timeout=0.5) as server, registered(server, A) as peer:
+            caplog.clear()
+            await http(server, probe)
+            await exchange(peer, peer)
+    lines = [
+        r for r in caplog.records if r.levelno > logging.DEBUG and 'Unregistered' not in r.msg
+    ]
+    assert lines == []
+    assert len(caplog.text) < 2000
+
+
+@run_async
+async def test_plain_text_on_a_tls_port_and_tls_on_a_plain_port_are_refused_quickly(pem, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(relay._tls(str(pem / 'both.pem'), None)) as server:
+            assert await http(server, b'GET / HTTP/1.1\r\n\r\n') == b''
+            with pytest.raises((OSError, WebSocketException, EOFError)):
+                await open_websocket(server.url.replace('wss', 'ws'))
+        async with running_relay() as server:
+            with pytest.raises((OSError, WebSocketException, EOFError)):
+                await open_websocket(server.url.replace('ws', 'wss'), ssl=trusting(pem))
+
+
+@pytest.mark.parametrize('version', ['TLSv1', 'TLSv1_1'])
+def test_tls_before_1_2_is_not_spoken(pem, version):
+    assert relay._tls(str(pem / 'both.pem'), None).minimum_version == ssl.TLSVersion.TLSv1_2
+    assert ssl.TLSVersion[version] < ssl.TLSVersion.TLSv1_2
+
+
+@run_async
+async def test_mutated_messages_cost_others_nothing(caplog):
+    chance = random.Random(2)
+
+    async def attack(server, number):
+        async with registered(server, UUID(int=100 + number)) as peer:
+            answers = asyncio.ensure_future(drain(peer))
+            for _ in range(500):
+                text = list(json.dumps(peer.offer(chance.choice([A, C, peer.uuid]))))
+                for _ in range(chance.randint(1, 5)):
+                    place = chance.randrange(len(text))
+                    text[place : place + chance.randint(0, 2)] = chance.choice(
+                        '{}[]",:\\ue09-.\0\x85'
+                    )
+                await peer.say(''.join(text))
+            await peer.websocket.close()
+            await answers
+
+    with logged(caplog, 'INFO') as lines:
+        async with (
+            running_relay() as server,
+            registered(server, C) as one,
+            registered(server, B) as other,
+        ):
+            attacks = asyncio.gather(*(attack(server, number) for number in range(4)))
+            marks = 0
+            while not attacks.done() or marks < 20:
+                mark = one.offer(B, description=f'mark {marks}')
+                await one.say(mark)
+                assert await other.hear() == mark
+                marks += 1
+            await attacks
+            assert len(server._uuid_to_client) == 2
+    assert len(lines()) < 40
+
+
+async def drain(peer):
+    """Read whatever comes, to the end of the connection."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await peer.websocket.recv()
+
+
+@run_async
+async def test_clients_that_come_and_go_in_every_way_leave_nothing_behind():
+    async with running_relay() as server:
+        before = len(os.listdir('/proc/self/fd'))
+        for number in range(60):
+            async with registered(server, UUID(int=number + 1)) as peer:
+                await [leave_with_a_close, leave_with_a_reset, leave_in_the_middle_of_a_frame][
+                    number % 3
+                ](peer)
+        await until(lambda: not server._websocket_to_client)
+        assert not server._uuid_to_client and not server._refusals and not server._closing
+        await until(lambda: len(os.listdir('/proc/self/fd')) <= before)
+        gc.collect()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, relay.Client)]
+
+
+def test_without_files_for_newcomers_those_connected_go_on():
+    program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --max-clients 99'
+    command = f'ulimit -n 40; exec {program}'
+    with subprocess.Popen(['bash', '-c', command], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            process.url = 'ws://' + line.split()[-1]
+            process.stdout.readline()
+            run_async(exhaust_files)(process)
+        finally:
+            process.kill()
+
+
+async def exhaust_files(process):
+    async with registered(process, A) as one, registered(process, B) as other:
+        waiting = [await asyncio.open_connection('127.0.0.1', port_of(process)) for _ in range(40)]
+        late = asyncio.ensure_future(open_websocket(process.url))
+        lines = [await asyncio.to_thread(process.stdout.readline) for _ in range(3)]
+        assert 'WARNING' in lines[2] and 'Too many open files' in lines[2]
+        await exchange(one, other)
+        assert not late.done()
+        for _, writer in waiting:
+            writer.close()
+        async with await late as websocket:
+            peer = Peer(websocket, C, 'late')
+            assert await peer.ask(peer.registration()) == peer.response()
+            await exchange(one, peer)
 
 
 # ------------------------------------------------------------------------------- Files
