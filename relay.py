@@ -212,7 +212,7 @@ def encode(message: Message) -> str:
 
 def decode(text: str | bytes) -> Message:
     """Return the message in a text, or raise MessageDecodeError: there is no third way."""
-    response_type = 'server_response'
+    name: Any = None
     try:
         if not isinstance(text, str):
             raise ValueError('a message comes in a text frame, not in a binary one')
@@ -222,8 +222,6 @@ def decode(text: str | bytes) -> Message:
         name = data.get('message_type')
         if not isinstance(name, str) or name not in MESSAGE_TYPES:
             raise ValueError(f'message_type must be one of {", ".join(MESSAGE_TYPES)}')
-        if name.startswith('relay_'):
-            response_type = 'relay_response'
         kind = MESSAGE_TYPES[name]
         return kind(**{f.name: _value(data, f.name, f.type, f.default) for f in fields(kind)})
     except RecursionError:
@@ -232,7 +230,8 @@ def decode(text: str | bytes) -> Message:
         reason = f'not JSON: {error}'
     except ValueError as error:
         reason = str(error)
-    raise MessageDecodeError(reason, response_type)
+    generation = 'relay' if str(name).startswith('relay_') else 'server'
+    raise MessageDecodeError(reason, f'{generation}_response')
 
 
 def _value(data: dict[str, Any], name: str, annotation: Any, default: Any) -> Any:
@@ -439,12 +438,12 @@ class RelayServer:
         logger.info('Registered %s', client)
 
     def _displace(self, client: Client) -> asyncio.Task[None]:
-        """Remove a registration at once, and close its connection in a task."""
-        self._remove(client, 'registered on another connection')
         code = 4004 if client.response_type == 'relay_response' else 1001
         return self._close(client, code, DISPLACED)
 
     def _close(self, client: Client, code: int, reason: str) -> asyncio.Task[None]:
+        """Remove a registration at once, and close its connection in a task."""
+        self._remove(client, f'closed with {code}: {reason}')
         task = asyncio.ensure_future(client.websocket.close(code, reason))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -453,11 +452,8 @@ class RelayServer:
     async def unregister(self, websocket: ServerConnection, expected: bool) -> None:
         """Remove a registration and close its connection: with 1000, or as displaced."""
         client = self._websocket_to_client.get(websocket)
-        if client is not None and not expected:
-            await self._displace(client)
-        elif client is not None:
-            self._remove(client, 'closed by the relay')
-            await websocket.close()
+        if client is not None:
+            await (self._close(client, 1000, '') if expected else self._displace(client))
 
     def _remove(self, client: Client, reason: str) -> None:
         # The UUID may never have been this connection's, or have become another's.
