@@ -699,7 +699,7 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
             context.load_cert_chain(certfile, keyfile, password=lambda: '')
     except ssl.SSLError as error:
         if error.reason == 'KEY_VALUES_MISMATCH':
-            raise StartError(f'{path} is not the key of the certificate {certfile}') from error
+            raise StartError(f'the key in {path} is not that of {certfile}') from error
         raise StartError(f'{path} holds no {content} in PEM format') from error
     except OSError as error:
         raise StartError(f'cannot read {path}: {_why(error)}') from error

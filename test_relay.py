@@ -1041,7 +1041,7 @@ async def test_a_backlog_is_bounded_over_tls_too(pem):
         ('cert.pem', 'text.pem', 'text.pem holds no private key'),
         ('cert.pem', 'cert.pem', 'cert.pem holds no private key'),
         ('cert.pem', 'locked.key', 'locked.key holds no private key without a password'),
-        ('cert.pem', 'other.key', 'other.key is not the key of'),
+        ('cert.pem', 'other.key', 'other.key is not that of '),
         ('cert.pem', None, 'cert.pem holds no private key'),
         ('text.pem', None, 'text.pem holds no certificate'),
         ('/dev/null', None, '/dev/null holds no certificate'),
@@ -1275,7 +1275,7 @@ async def test_a_reload_changes_the_certificate_for_newcomers_and_ends_nobody(pe
         async with registered(server, A, ssl=trusting(pem)) as peer:
             shutil.copy(pem / 'other.pem', cert)
             line = await reloaded(process)
-            assert 'ERROR' in line and f'{key} is not the key of' in line
+            assert 'ERROR' in line and f'the key in {key} is not that of' in line
             assert await certificate_of(process, pem) == old
             shutil.copy(pem / 'other.key', key)
             assert 'Reloaded' in await reloaded(process)
