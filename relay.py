@@ -28,19 +28,18 @@ From then on the client sends, and is sent,
 which is forwarded to the peer exactly as it came. The last three fields, of which `error` may be
 left out, are the peers' business; keys that are not named here travel along.
 
-What cannot be forwarded comes back to its sender with `error` saying why: the peer is unknown,
-the peer does not read what is sent to it, or `source_uuid` is not the sender's. What is not a
-message is answered by a response with `success: false`, `error: true` and the reason in
-`message`. Neither ends the connection, nor the registration.
+What cannot be forwarded comes back to its sender, with these fields only and `error` saying why:
+the peer is unknown, the peer does not read what is sent to it, or `source_uuid` is not the
+sender's. What is not a message is answered by a response with `success: false`, `error: true`
+and the reason in `message`. Neither ends the connection, nor the registration.
 
 A UUID that registers on a new connection displaces its old one, which is closed: with 1001 if it
 spoke `server_registration`, with 4004 ("do not come back") if it spoke `relay_registration`.
 Other close codes: 1001, the relay stops; 1008, no registration within 30 s, or its user has no
 token any more; 1009, a message of more than 1 MiB; 1011, no answer to a ping; 1013, no room.
 
-Where there are tokens, a client shows one as it connects: in a header `Authorization: Bearer
-TOKEN`, as ws://USER:TOKEN@HOST or as ws://HOST/?token=TOKEN. Without it, it gets HTTP 401. To a
-client, only those of its own user exist.
+Where there are tokens, a client shows one: `Authorization: Bearer TOKEN`, ws://USER:TOKEN@HOST
+or ws://HOST/?token=TOKEN. Without, it gets HTTP 401. To it, only its own user's clients exist.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ import socket
 import ssl
 import sys
 import time
-from dataclasses import MISSING, dataclass, fields, replace
-from http import HTTPStatus
+from dataclasses import dataclass, fields, replace
 from typing import Any, Callable
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
@@ -72,17 +70,15 @@ try:
     from websockets.exceptions import ConnectionClosed
     from websockets.http11 import Request, Response
     from websockets.protocol import State
-    from websockets.version import version as websockets_version
 except ImportError as error:
     if __name__ != '__main__':
         raise
     raise SystemExit(f"relay.py: {error}; pip install 'websockets>=14' mends it") from None
 
 __version__ = '0.1.0'
-
 logger = logging.getLogger('relay')
 
-# Bytes of the longest message: what the original takes, and all that ProxyStore's clients take.
+# Bytes of the longest message: what ProxyStore's own relay takes, and its clients.
 MAX_MESSAGE = 2**20
 # Fragments of one message. websockets has a limit of its own from version 17 on.
 MAX_FRAGMENTS = 4096
@@ -92,26 +88,23 @@ MAX_BACKLOG = 2**20
 RECEIVE_BUFFER = 2**16
 # Messages a second of one client. Peers that connect exchange a dozen.
 RATE = 500
-# Seconds of that rate that may come at once while others wait.
+# A client that was silent may send this many seconds' worth at once.
 BURST = 0.1
 # Files that are not for clients: the log, those that are connecting, those that are refused.
 SPARE_FILES = 64
-# Seconds to register, for a client that has connected.
-REGISTER_TIMEOUT = 30
-# Seconds for a displaced connection to answer its close. It may be dead, and the client that
-# registers anew gives up after 10 s.
+# Bytes of pongs that a client leaves unread before it is taken for a flood of pings.
+MAX_PONGS = 2**13
+# Seconds for a displaced connection to answer its close; it may be dead, the next one waits.
 TAKEOVER_WAIT = 0.5
-# Milliseconds until the kernel ends a connection whose peer takes nothing. Keepalive would not:
-# its pings wait behind what is not taken.
+# Milliseconds until the kernel ends a connection that takes nothing, pings included.
 STALL_TIMEOUT = 120_000
-# Seconds until the relay has stopped, whatever its clients do.
-STOP_TIMEOUT = 12
+# Seconds for a client to register, and for the relay to stop whatever its clients do.
+REGISTER_TIMEOUT, STOP_TIMEOUT = 30, 12
 # Seconds between log lines on what one connection is refused; those in between are counted.
 REFUSAL_INTERVAL = 60
-# Characters of a number in a message. No field takes one, and long ones take long to convert.
-MAX_DIGITS = 100
-# Characters of a client's text that the log or an answer repeats.
-MAX_SHOWN = 64
+# Characters of a number in a message, which no field takes and peers may not read; and of a
+# client's text that the log or an answer repeats.
+MAX_DIGITS, MAX_SHOWN = 100, 64
 # What websockets sees to, as its `serve` names it.
 LIMITS: dict[str, Any] = {
     'max_size': MAX_MESSAGE,
@@ -120,8 +113,6 @@ LIMITS: dict[str, Any] = {
     # For clients that offer it, as ProxyStore's do, it takes 40 KiB each.
     'compression': None,
     'server_header': None,
-    'open_timeout': 10,
-    'close_timeout': 10,
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
     'ping_interval': 30,
     'ping_timeout': 90,
@@ -135,10 +126,7 @@ class MessageEncodeError(Exception):
 
 
 class MessageDecodeError(Exception):
-    """Raised when a text is not a message, with a reason for the one who sent it.
-
-    `response_type` is the type of response that the sender understands.
-    """
+    """Raised when a text is not a message; says why, to one who understands `response_type`."""
 
     def __init__(self, reason: str, response_type: str = 'server_response') -> None:
         super().__init__(reason)
@@ -237,8 +225,6 @@ def decode(text: str | bytes) -> Message:
 def _value(data: dict[str, Any], name: str, annotation: Any, default: Any) -> Any:
     """Return a field's value, checked against its annotation."""
     value = data.get(name, default)
-    if value is MISSING:
-        raise ValueError(f'{name} is missing')
     types, expected = FIELD_TYPES[annotation]
     if not isinstance(value, types):
         raise ValueError(f'{name} must be {expected}')
@@ -287,11 +273,8 @@ class Client:
     uuid: UUID | None
     websocket: ServerConnection
     user: str = ''
+    address: str = 'unknown address'
     response_type: str = 'server_response'
-
-    def __post_init__(self) -> None:
-        # Kept for the log: a connection that is lost has no address.
-        self.address = address_of(self.websocket.remote_address)
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -302,10 +285,8 @@ class RelayServer:
     """Registers clients and forwards messages between them.
 
     Serve it with `serve` below, or with `websockets.asyncio.server.serve(relay.handler, ...)` and,
-    for tokens, its `process_request=relay.process_request`.
-
-    The registry changes in steps without an `await`, so that no two handlers mix theirs. No
-    handler waits for a socket other than its own, but for the TAKEOVER_WAIT.
+    for tokens, its `process_request=relay.process_request`. The registry changes in steps without
+    an `await`. No handler waits for a socket but its own, except for TAKEOVER_WAIT.
     """
 
     def __init__(
@@ -327,33 +308,34 @@ class RelayServer:
     def process_request(self, websocket: ServerConnection, request: Request) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
         if 'Upgrade' not in request.headers:
-            response = websocket.respond(HTTPStatus.UPGRADE_REQUIRED, WELCOME)
-            response.headers['Upgrade'] = 'websocket'
-            return response
-        if user_of(request, self.tokens) is not None:
+            status, text, header = 426, WELCOME, ('Upgrade', 'websocket')
+        elif user_of(request, self.tokens) is not None:
             return None
-        self.log_refusal(401, address_of(websocket.remote_address), 'no valid token')
-        response = websocket.respond(HTTPStatus.UNAUTHORIZED, 'This relay asks for a token.\n')
-        response.headers['WWW-Authenticate'] = 'Bearer realm="relay"'
+        else:
+            self.log_refusal(401, address_of(websocket.remote_address), 'no valid token')
+            status, text, header = 401, UNWELCOME, ('WWW-Authenticate', 'Bearer realm="relay"')
+        response = websocket.respond(status, text)
+        response.headers[header[0]] = header[1]
         return response
 
     async def handler(self, websocket: ServerConnection) -> None:
         """Serve a connection until it ends."""
+        address = address_of(websocket.remote_address)
         user = user_of(websocket.request, self.tokens)
         if user is None or len(self._websocket_to_client) >= self._max_clients:
-            # When full, no HTTP error: some clients never come back from one.
+            # When full, no HTTP error: clients never come back from one.
             code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
-            self.log_refusal(code, address_of(websocket.remote_address), reason)
+            self.log_refusal(code, address, reason)
             await websocket.close(code, reason)
             return
         _bound_buffers(websocket)
-        client = self._websocket_to_client[websocket] = Client('', None, websocket, user)
+        client = self._websocket_to_client[websocket] = Client('', None, websocket, user, address)
         deadline = asyncio.get_running_loop().call_later(REGISTER_TIMEOUT, self._expect, client)
         reason = 'the relay has stopped'
         try:
-            await self._serve(client)
+            await self._read(client)
         except ConnectionClosed as error:
-            reason = f'closed with {error.rcvd.code}' if error.rcvd else 'connection lost'
+            reason = self._ending(client, error)
         except Exception:
             reason = 'a defect of the relay'
             logger.exception('A defect of the relay, met by %s', client)
@@ -364,36 +346,50 @@ class RelayServer:
             self._refusals.pop(client, None)
             del self._websocket_to_client[websocket]
 
-    async def _serve(self, client: Client) -> None:
+    async def _read(self, client: Client) -> None:
         """Deal with a connection's messages, no faster than the rate and a burst."""
         due = time.monotonic()
         while True:
-            text = await self._recv(client)
-            # A displaced client may still be heard, but must not displace in turn.
-            if client.websocket.state is State.OPEN:
-                await self._receive(client.websocket, text)
+            text = await self._next_message(client)
+            # A client that is being closed may still be heard, but must not act any more.
+            if client.websocket.state is not State.OPEN:
+                continue
+            if text is not None:
+                await self._dispatch(client, text)
             if self._rate:
-                now = time.monotonic()
-                due = max(due, now - BURST) + 1 / self._rate
-                if due > now:
-                    await asyncio.sleep(due - now)
+                due = max(due, time.monotonic() - BURST) + 1 / self._rate
+                await asyncio.sleep(max(0, due - time.monotonic()))
 
-    async def _recv(self, client: Client) -> str | bytes:
+    async def _next_message(self, client: Client) -> str | bytes | None:
         # In fragments of a byte each, one message could take 200 MB.
         parts: list[Any] = []
-        async for part in client.websocket.recv_streaming():
-            if len(parts) == MAX_FRAGMENTS:
-                self._close(client, 1009, 'too many fragments')
-            if len(parts) <= MAX_FRAGMENTS:
-                parts.append(part)
+        try:
+            async for part in client.websocket.recv_streaming():
+                if len(parts) == MAX_FRAGMENTS:
+                    self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
+                if len(parts) <= MAX_FRAGMENTS:
+                    parts.append(part)
+        except AttributeError:
+            # So a TLS connection is lost in Python 3.9 and 3.10.
+            await client.websocket.wait_closed()
+        if len(parts) > MAX_FRAGMENTS or not parts:
+            return None
         return ''.join(parts) if isinstance(parts[0], str) else b''
+
+    def _ending(self, client: Client, error: ConnectionClosed) -> str:
+        """Return how a connection ended, for the log; log it at once if it was refused."""
+        if error.sent is None or error.rcvd_then_sent:
+            return f'closed with {error.rcvd.code}' if error.rcvd else 'connection lost'
+        if error.sent.code in (1002, 1007, 1008, 1009):
+            source = client if client.uuid else None
+            self.log_refusal(source, client, f'{error.sent.reason} ({error.sent.code})')
+        return f'closed by the relay with {error.sent.code}'
 
     def _expect(self, client: Client) -> None:
         if client.uuid is None:
             self._close(client, 1008, f'no registration within {REGISTER_TIMEOUT} s')
 
-    async def _receive(self, websocket: ServerConnection, text: str | bytes) -> None:
-        client = self._websocket_to_client[websocket]
+    async def _dispatch(self, client: Client, text: str | bytes) -> None:
         try:
             message = decode(text)
         except MessageDecodeError as error:
@@ -402,39 +398,37 @@ class RelayServer:
             await self._refuse(client, str(error))
             return
         if isinstance(message, ServerRegistration):
-            await self.register(websocket, message)
+            await self.register(client.websocket, message)
         elif isinstance(message, PeerConnection):
-            await self.connect(websocket, message, str(text))
+            await self.connect(client.websocket, message, str(text))
         else:
             await self._refuse(client, 'a response is for the relay to send')
 
     async def register(self, websocket: ServerConnection, request: ServerRegistration) -> None:
         """Register a client and answer it, displacing whoever holds its UUID."""
         client = self._websocket_to_client[websocket]
-        if client.uuid is None:
-            holder = self._uuid_to_client.get((client.user, request.uuid))
-            if holder is not None:
-                await asyncio.wait({self._displace(holder)}, timeout=TAKEOVER_WAIT)
-            self._admit(client, request)
-        elif client.uuid == request.uuid:
-            await self.send(websocket, ServerResponse(message_type=client.response_type))
-        else:
-            await self._refuse(client, f'this connection is registered already, as {client.uuid}')
-
-    def _admit(self, client: Client, request: ServerRegistration) -> None:
-        """Register a client and answer it, without an `await` in between.
-
-        Nothing is forwarded to it before, and whoever took the UUID meanwhile is displaced too.
-        """
-        if client.websocket.state is not State.OPEN:
+        if client.uuid is not None:
+            if client.uuid == request.uuid:
+                await self.send(websocket, ServerResponse(message_type=client.response_type))
+            else:
+                await self._refuse(
+                    client, f'this connection is already registered as {client.uuid}'
+                )
             return
-        rival = self._uuid_to_client.get((client.user, request.uuid))
-        if rival is not None:
-            self._displace(rival)
+        key = (client.user, request.uuid)
+        if key in self._uuid_to_client:
+            closing = self._displace(self._uuid_to_client[key])
+            await asyncio.wait({closing}, timeout=TAKEOVER_WAIT)
+        # From here without an `await`: nothing may be forwarded to the client before its answer,
+        # and whoever has taken the UUID meanwhile is displaced as well.
+        if websocket.state is not State.OPEN:
+            return
+        if key in self._uuid_to_client:
+            self._displace(self._uuid_to_client[key])
         client.name, client.uuid = request.name, request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
-        self._uuid_to_client[client.user, client.uuid] = client
-        broadcast((client.websocket,), encode(ServerResponse(message_type=client.response_type)))
+        self._uuid_to_client[key] = client
+        broadcast((websocket,), encode(ServerResponse(message_type=client.response_type)))
         logger.info('Registered %s', client)
 
     def _displace(self, client: Client) -> asyncio.Task[None]:
@@ -443,7 +437,7 @@ class RelayServer:
 
     def _close(self, client: Client, code: int, reason: str) -> asyncio.Task[None]:
         """Remove a registration at once, and close its connection in a task."""
-        self._remove(client, f'closed with {code}: {reason}')
+        self._remove(client, f'closed by the relay with {code}: {reason}')
         task = asyncio.ensure_future(client.websocket.close(code, reason))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -460,9 +454,7 @@ class RelayServer:
         if self._uuid_to_client.get((client.user, client.uuid)) is not client:
             return
         del self._uuid_to_client[client.user, client.uuid]
-        refused = self._refusals.get(client, (0, 0))[1]
-        refusals = f', {refused} messages refused' if refused else ''
-        logger.info('Unregistered %s: %s%s', client, reason, refusals)
+        logger.info('Unregistered %s: %s', client, reason)
 
     async def connect(
         self, websocket: ServerConnection, message: PeerConnection, text: str = ''
@@ -475,7 +467,7 @@ class RelayServer:
         reason = self._forward(client, message, text or encode(message))
         if reason is None:
             return
-        self.log_refusal(client, client, f'to {message.peer_uuid}, because {reason}')
+        self.log_refusal(client, client, f'message to {message.peer_uuid}: {reason}')
         error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
         answer = replace(message, error=f'{error}because {reason}.')
         # With the error, and escapes for what is not ASCII, it may be too long for its sender.
@@ -488,11 +480,15 @@ class RelayServer:
         if message.source_uuid != client.uuid:
             return "source_uuid is not the sender's"
         peer = self._uuid_to_client.get((client.user, message.peer_uuid))
-        # A connection that is being closed would lose the message without a word.
+        # A connection that is being closed, or lost, would lose the message without a word.
         if peer is None or peer.websocket.state is not State.OPEN:
             return 'this peer is unknown'
-        backlog = peer.websocket.transport.get_write_buffer_size()
-        if backlog and backlog + len(text) > MAX_BACKLOG:
+        try:
+            backlog = peer.websocket.transport.get_write_buffer_size()
+        except AttributeError:
+            # So a TLS connection is lost in Python 3.9 and 3.10.
+            return 'this peer is unknown'
+        if backlog and backlog + len(text.encode()) > MAX_BACKLOG:
             return 'this peer does not read what is sent to it'
         broadcast((peer.websocket,), text)
         logger.debug('Forwarded from %s to %s', client.uuid, peer.uuid)
@@ -505,7 +501,8 @@ class RelayServer:
 
     async def _refuse(self, client: Client, reason: str) -> None:
         """Answer what is not a message, or not in its place, with the reason."""
-        self.log_refusal(client, client, reason)
+        # One source for all that are not registered: they come as often as they like.
+        self.log_refusal(client if client.uuid else None, client, reason)
         answer = ServerResponse(False, reason, True, client.response_type)
         await self.send(client.websocket, answer)
 
@@ -515,33 +512,34 @@ class RelayServer:
         now = time.monotonic()
         if now - logged >= REFUSAL_INTERVAL:
             logged = now
-            logger.warning('Refused %s: %s (%d before)', who, reason, count)
+            logger.warning('Refused %s: %s (%d times so far)', who, reason, count + 1)
         self._refusals[source] = (logged, count + 1)
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log in one line that newcomers have to wait until there are files for them again."""
         error = context.get('exception')
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self.log_refusal(errno.EMFILE, 'newcomers for the moment', error.strerror or '')
+            self.log_refusal(errno.EMFILE, 'newcomers for a second', error.strerror or '')
         else:
             loop.default_exception_handler(context)
 
     def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
-        """Read tokens and certificate again, both or neither; end who has no token any more."""
+        """Read tokens and certificate again, both or neither; close clients whose user is gone."""
         try:
             tokens = self._token_file and read_tokens(self._token_file)
-            # A pair that does not match would leave the context in use with neither.
-            renewed = tls and _tls(certfile, keyfile)
-        except StartError as error:
+            if tls is not None:
+                # A pair that does not match would leave the context in use with neither.
+                _tls(certfile, keyfile)
+                tls.load_cert_chain(certfile, keyfile, password=str)
+        except (StartError, OSError) as error:
             logger.error('Reloaded nothing: %s', error)
             return
-        if tls and renewed:
-            tls.load_cert_chain(certfile, keyfile)
         if tokens:
             self.tokens = tokens
-        for client in self._websocket_to_client.values():
-            if tokens and client.user not in tokens.values():
-                self._close(client, 1008, 'no valid token')
+            users = set(tokens.values())
+            for client in self._websocket_to_client.values():
+                if client.user not in users:
+                    self._close(client, 1008, 'no valid token')
         logger.info('Reloaded')
 
 
@@ -562,22 +560,27 @@ def _bound_buffers(websocket: ServerConnection) -> None:
 
 # ------------------------------------------------------------------------------- Access
 
-# By the digest of a token, whose it is. Finding a digest takes no time that tells about a token.
-Tokens = dict[bytes, str]
+
+class StartError(Exception):
+    """Raised when the relay cannot start: one line that tells the operator what to mend."""
+
 
 WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
+UNWELCOME = 'This relay asks for a token.\n'
 
 
-def read_tokens(path: str) -> Tokens:
+def read_tokens(path: str) -> dict[bytes, str]:
     """Return the tokens in a file: a line `user:token` each, comments after `#`, nothing else."""
-    tokens: Tokens = {}
+    tokens: dict[bytes, str] = {}
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:
             if os.fstat(file.fileno()).st_mode & 0o007:
                 logger.warning('%s is open to every user of this machine', path)
-            lines = [line.partition('#')[0].strip() for line in file]
+            # A token may hold a #, which begins a comment only after a space.
+            lines = [f' {line}'.partition(' #')[0].strip() for line in file]
     except (OSError, ValueError) as error:
-        raise StartError(f'cannot read {path}: {_why(error)}') from error
+        reason = getattr(error, 'strerror', None) or error
+        raise StartError(f'cannot read {path}: {reason}') from error
     for number, line in enumerate(lines, 1):
         user, _, token = line.partition(':')
         if line and not (user and token and line.isprintable() and ' ' not in line):
@@ -589,7 +592,7 @@ def read_tokens(path: str) -> Tokens:
     return tokens
 
 
-def user_of(request: Request | None, tokens: Tokens | None) -> str | None:
+def user_of(request: Request | None, tokens: dict[bytes, str] | None) -> str | None:
     """Return whose token a request shows, None if nobody's, '' if no tokens are in use."""
     if request is None or tokens is None:
         return ''
@@ -606,29 +609,21 @@ def user_of(request: Request | None, tokens: Tokens | None) -> str | None:
 
 
 def _digest(token: str) -> bytes:
+    # Tokens are looked up by this: the time it takes tells nothing about any of them.
     return hashlib.sha256(token.encode()).digest()
 
 
 # ------------------------------------------------------------------------------- Server
 
 
-class StartError(Exception):
-    """Raised when the relay cannot start: one line that tells the operator what to mend."""
-
-
 async def serve(
-    host: str,
-    port: int,
-    certfile: str | None = None,
-    keyfile: str | None = None,
-    relay: RelayServer | None = None,
-    **limits: Any,
+    host: str, port: int, certfile: str | None = None, keyfile: str | None = None, **options: Any
 ) -> None:
     """Serve a relay until SIGINT or SIGTERM; SIGHUP reads tokens and certificate again.
 
-    `limits` go before LIMITS. Raises StartError if the address or a file cannot be used.
+    `options`: `relay`, a RelayServer, and what goes before LIMITS. Raises StartError.
     """
-    relay = relay or RelayServer()
+    relay: RelayServer = options.pop('relay', None) or RelayServer()
     tls = None if certfile is None else _tls(certfile, keyfile)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -636,13 +631,12 @@ async def serve(
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
-    server = await _listen(relay, host, port, tls, **limits)
+    server = await _listen(relay, host, port, tls, **options)
     for sock in server.sockets:
         logger.info('Serving relay server on %s', address_of(sock.getsockname()))
     if relay.tokens is None:
         logger.warning('No --token-file: whoever can reach this relay can use it')
     await stop.wait()
-    logger.info('Stopping')
     server.close()
     # A client that neither reads nor closes must not hold up the end.
     with contextlib.suppress(asyncio.TimeoutError):
@@ -651,17 +645,25 @@ async def serve(
 
 
 class _Connection(ServerConnection):
-    """A connection that ends at once, and leaves a line, where no WebSocket is asked for."""
+    """websockets' connection, which also ends what is no WebSocket and floods of pings."""
+
+    pongs = 0
 
     def data_received(self, data: bytes) -> None:
         # A TLS hello: websockets would wait for the end of its first line.
         if self.request is None and data.startswith(b'\x16'):
             self.transport.abort()
-        else:
-            super().data_received(data)
+        # Many pings would cost much at once; websockets answers them whether that is read or not.
+        for start in range(0, len(data), MAX_PONGS):
+            before = self.transport.get_write_buffer_size()
+            super().data_received(data[start : start + MAX_PONGS])
+            unread = self.transport.get_write_buffer_size()
+            self.pongs = self.pongs + unread - before if before else 0
+            if self.pongs > MAX_PONGS:
+                return self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.request is None:
+        if self.response is None or self.response.status_code != 101:
             logger.debug('No handshake from %s', address_of(self.remote_address))
         super().connection_lost(exc)
 
@@ -671,18 +673,13 @@ async def _listen(
 ) -> Server:
     limits = {**LIMITS, 'create_connection': _Connection, **limits}
     limits['process_request'] = relay.process_request
-    if tls is not None:
-        limits.update(ssl=tls, ssl_handshake_timeout=limits['open_timeout'])
+    limits.update(ssl=tls, ssl_handshake_timeout=tls and limits.get('open_timeout', 10))
     try:
         return await listen(relay.handler, host, port, **limits)
     except (OSError, ValueError) as error:
-        raise StartError(f'cannot listen on {host}:{port}: {_why(error)}') from error
-
-
-def _why(error: Exception) -> str:
-    # asyncio wraps the system's words in its own; those of a failed look-up are not the system's.
-    number = getattr(error, 'errno', None) or 0
-    return os.strerror(number) if number > 0 else getattr(error, 'strerror', str(error))
+        # asyncio puts the address and a number before the reason.
+        reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
+        raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
 
 
 def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
@@ -696,13 +693,15 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
         path, content = keyfile or certfile, 'private key without a password'
         with open(path, 'rb'):
             # For a password it would ask on the terminal.
-            context.load_cert_chain(certfile, keyfile, password=lambda: '')
+            context.load_cert_chain(certfile, keyfile, password=str)
     except ssl.SSLError as error:
         if error.reason == 'KEY_VALUES_MISMATCH':
             raise StartError(f'the key in {path} is not that of {certfile}') from error
-        raise StartError(f'{path} holds no {content} in PEM format') from error
+        raise StartError(
+            f'{path}: no {content} in PEM format ({error.reason or error})'
+        ) from error
     except OSError as error:
-        raise StartError(f'cannot read {path}: {_why(error)}') from error
+        raise StartError(f'cannot read {path}: {error.strerror}') from error
     return context
 
 
@@ -711,7 +710,6 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
 LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
 LOG_FORMAT = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
 LOG_DATE = '%Y-%m-%d %H:%M:%S'
-VERSION = f'relay.py {__version__}, websockets {websockets_version}, Python %d.%d.%d'
 
 
 class _Parser(argparse.ArgumentParser):
@@ -724,7 +722,7 @@ def _from(least: int, most: float = float('inf')) -> Callable[[str], int]:
     def number(text: str) -> int:
         if text.isdecimal() and least <= int(text) <= most:
             return int(text)
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {least} to {most}')
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of {least} or more, up to {most}')
 
     return number
 
@@ -732,19 +730,24 @@ def _from(least: int, most: float = float('inf')) -> Callable[[str], int]:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser('relay.py', description=(__doc__ or '').partition('\n')[0])
     add = parser.add_argument
-    add('--host', default='0.0.0.0', metavar='ADDRESS', help='listen on (%(default)s)')
-    add('--port', default=8765, type=_from(0, 65535), help='listen on, 0 for any (%(default)s)')
+    add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
+    add('--port', default=8765, type=_from(0, 65535), help='port, 0 for any free (%(default)s)')
     add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')
     add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
-    add('--token-file', metavar='PATH', help='lines user:token, for who may use it (anybody)')
-    add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
+    add('--token-file', metavar='PATH', help='lines user:token, for who may connect (anybody)')
+    add(
+        '--allow-origin',
+        action='append',
+        metavar='ORIGIN',
+        help='web page that may (any), or more',
+    )
     add('--max-clients', type=_from(1), metavar='N', help='at once (the open-file limit less 64)')
     add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help='(%(default)s)')
-    add('--rate', default=RATE, type=_from(0), metavar='N', help='messages a second (%(default)s)')
+    add('--rate', default=RATE, type=_from(0), metavar='N', help='messages/s of one (%(default)s)')
     add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help='(%(default)s)')
-    add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Sunday')
+    add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
-    add('--version', action='version', version=VERSION % sys.version_info[:3])
+    add('--version', action='version', version=f'relay.py {__version__}')
     options = parser.parse_args(argv)
     if options.keyfile and not options.certfile:
         parser.error('--keyfile needs --certfile')
@@ -754,25 +757,27 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 def _log_to(log_dir: str | None, level: str) -> None:
     """Log to standard output and, where a folder is given, to a file in it."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if log_dir is not None:
-        path = os.path.join(log_dir, 'server.log')
-        try:
+    path = os.path.join(log_dir or '', 'server.log')
+    try:
+        if log_dir is not None:
             os.makedirs(log_dir, exist_ok=True)
-            weekly = logging.handlers.TimedRotatingFileHandler(path, 'W6')
-        except OSError as error:
-            raise StartError(f'cannot log to {path}: {error.strerror}') from error
-        handlers.append(weekly)
+            handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
+    except OSError as error:
+        raise StartError(f'cannot log to {path}: {error.strerror}') from error
     logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_DATE, level=level, handlers=handlers)
     # A full disk must not have each line explained on standard error.
     logging.raiseExceptions = False
-    # It logs session descriptions at DEBUG and, up to version 15, a traceback for each port scan.
-    # The relay's own defects are logged by its handler.
+    # websockets logs session descriptions at DEBUG and, up to version 15, an ERROR for each port
+    # scan; asyncio has a WARNING for each pong to a lost connection. Defects are for the handler.
     logging.getLogger('websockets').setLevel(logging.CRITICAL)
+    logging.getLogger('asyncio').setLevel(logging.ERROR)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the relay; return the exit status."""
     options = _options(argv)
+    # Until it means a reload, it must not end the program.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         _log_to(options.log_dir, options.log_level)
         # 1,024 open files are a relay's first end. (Some systems refuse to give all they have.)
@@ -783,9 +788,8 @@ def main(argv: list[str] | None = None) -> int:
         limits = {'max_size': options.max_message, 'ping_interval': options.ping_interval or None}
         # A client that is no browser has no origin.
         limits['origins'] = options.allow_origin and [*options.allow_origin, None]
-        asyncio.run(
-            serve(options.host, options.port, options.certfile, options.keyfile, relay, **limits)
-        )
+        where = options.host, options.port, options.certfile, options.keyfile
+        asyncio.run(serve(*where, relay=relay, **limits))
     except StartError as error:
         print(f'relay.py: {error}', file=sys.stderr)
         return 1

@@ -20,6 +20,8 @@ import ssl
 import statistics
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID, uuid4
@@ -77,6 +79,8 @@ class Peer:
     def __init__(self, websocket, uuid=None, name='', generation='server'):
         self.websocket = websocket
         self.uuid, self.name, self.generation = uuid, name, generation
+        # What came before the close that a test has waited for.
+        self.last_words = []
 
     async def say(self, message):
         await self.websocket.send(
@@ -121,7 +125,7 @@ class Peer:
     async def close_frame(self):
         with pytest.raises(ConnectionClosed) as caught:
             while True:
-                await self.websocket.recv()
+                self.last_words.append(await self.websocket.recv())
         return caught.value.rcvd
 
 
@@ -166,9 +170,10 @@ def stall(peer):
     peer.websocket.transport.pause_reading()
 
 
-async def fill_backlog(sender, uuid):
+async def fill_backlog(sender, uuid, letter='x'):
     """Send to a peer until the relay refuses, and return the refusal."""
-    message = sender.offer(uuid, description='x' * 2**19)
+    message = sender.offer(uuid, description=letter * (2**19 // len(letter.encode())))
+    message = json.dumps(message, ensure_ascii=False)
     for _ in range(100):
         await sender.say(message)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -501,8 +506,9 @@ async def test_a_message_that_cannot_come_back_whole_comes_back_without_its_text
         )
 
 
+@pytest.mark.parametrize('letter', ['x', '\U0001f600'])
 @run_async
-async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded():
+async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded(letter):
     async with (
         running_relay() as server,
         registered(server, A) as sender,
@@ -510,7 +516,7 @@ async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded():
     ):
         async with registered(server, B) as stalled:
             stall(stalled)
-            refusal = await fill_backlog(sender, B)
+            refusal = await fill_backlog(sender, B, letter)
             assert refusal['error'].endswith('this peer does not read what is sent to it.')
             transport = holder(server, B).websocket.transport
             assert transport.get_write_buffer_size() <= relay.MAX_BACKLOG
@@ -775,8 +781,8 @@ async def test_the_log_tells_who_came_and_left_and_why(caplog):
         who = f"{A} ('laptop', at {address})"
         assert lines() == [
             f'Registered {who}',
-            f'Refused {who}: not JSON: Expecting value: line 1 column 1 (char 0) (0 before)',
-            f'Unregistered {who}: closed with 4999, 1 messages refused',
+            f'Refused {who}: not JSON: Expecting value: line 1 column 1 (char 0) (1 times so far)',
+            f'Unregistered {who}: closed with 4999',
         ]
 
 
@@ -789,8 +795,7 @@ async def test_repeated_refusals_are_counted_and_not_each_logged(caplog, monkeyp
             assert len([line for line in lines() if 'Refused' in line]) == 1
             monkeypatch.setattr(relay, 'REFUSAL_INTERVAL', 0)
             await peer.ask('nope')
-        assert lines()[-2].endswith('(300 before)')
-        assert lines()[-1].endswith('301 messages refused')
+        assert lines()[-2].endswith('(301 times so far)')
 
 
 @pytest.mark.parametrize(
@@ -883,11 +888,13 @@ async def test_a_signal_closes_the_clients_and_ends_the_program(signals):
             for number in signals:
                 process.send_signal(number)
             assert await peer.closed_with() == CloseCode.GOING_AWAY
-        rest, errors = process.communicate(timeout=8)
+        # What a readline has read ahead, communicate would lose.
+        rest, errors = process.stdout.read(), process.stderr.read()
+        process.wait()
         assert (process.returncode, errors) == (0, '')
         form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] (INFO |WARNING) \(relay\) :: \S.*'
         lines = [*process.lines, *rest.splitlines()]
-        assert len(lines) >= 5 and all(re.fullmatch(form, line.strip()) for line in lines)
+        assert len(lines) == 5 and all(re.fullmatch(form, line.strip()) for line in lines)
 
 
 def test_the_program_listens_on_every_address_of_its_host():
@@ -899,19 +906,24 @@ def test_a_log_folder_holds_the_log_as_well(tmp_path):
     folder = tmp_path / 'new' / 'logs'
     with running_program('--log-dir', str(folder)) as process:
         process.terminate()
-        rest = process.communicate(timeout=8)[0]
+        rest = process.stdout.read()
     assert (folder / 'server.log').read_text() == ''.join(process.lines) + rest
 
 
 def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
     seen = {}
+    levels = {name: logging.getLogger(name).level for name in ('websockets', 'asyncio')}
     monkeypatch.setattr(logging, 'basicConfig', lambda **options: seen.update(options))
     monkeypatch.setattr(logging, 'raiseExceptions', True)
     relay._log_to(str(tmp_path), 'INFO')
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     weekly = seen['handlers'][1]
     weekly.close()
-    # Days count from Monday in `dayOfWeek`; without an `atTime` it is midnight.
-    assert (weekly.when, weekly.dayOfWeek, weekly.atTime) == ('W6', 6, None)
+    end = time.localtime(weekly.rolloverAt)
+    # The end of a Sunday, which is the first second of a Monday.
+    assert (end.tm_wday, end.tm_hour, end.tm_min, end.tm_sec) == (0, 0, 0, 0)
+    assert 0 < weekly.rolloverAt - time.time() <= 7 * 25 * 3600
 
 
 @pytest.mark.parametrize('shell_limit', [64])
@@ -929,13 +941,16 @@ def test_the_open_file_limit_is_raised_to_the_hard_limit(shell_limit):
     assert re.search(r'Max open files +(\d+) +\1 ', limits)
 
 
-def test_the_version_names_what_runs():
+def test_the_file_can_be_started_by_its_name():
+    assert (HERE / 'relay.py').read_text().startswith('#!/usr/bin/env python3\n')
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     done = subprocess.run(
-        [sys.executable, HERE / 'relay.py', '--version'], capture_output=True, text=True
+        [HERE / 'relay.py', '--version'],
+        env={**os.environ, 'PATH': path},
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0 and done.stdout.startswith(
-        f'relay.py {relay.__version__}, websockets 1'
-    )
+    assert (done.returncode, done.stdout) == (0, f'relay.py {relay.__version__}\n')
 
 
 @pytest.mark.parametrize('port', ['65536', '-1', 'http', '8e3', ''])
@@ -954,12 +969,13 @@ def test_a_port_in_use_is_one_line():
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = str(taken.getsockname()[1])
         line = fails('--host', '127.0.0.1', '--port', port)
-    assert line == f'relay.py: cannot listen on 127.0.0.1:{port}: Address already in use\n'
+    assert line == f'relay.py: cannot listen on 127.0.0.1:{port}: address already in use\n'
 
 
 @pytest.mark.parametrize('host', ['relay.invalid', '192.0.2.1', 'a..b', '::::'])
 def test_an_address_that_is_not_ours_is_one_line(host):
-    assert f'cannot listen on {host}:0: ' in fails('--host', host, '--port', '0')
+    assert f'cannot listen on {host}:0: ' in (line := fails('--host', host, '--port', '0'))
+    assert 'None' not in line
 
 
 def test_a_log_folder_that_cannot_be_made_is_one_line(tmp_path):
@@ -1036,15 +1052,15 @@ async def test_a_backlog_is_bounded_over_tls_too(pem):
         ('cert.pem', 'none.key', 'none.key: No such file'),
         ('.', 'cert.key', ': Is a directory'),
         ('cert.pem', '.', ': Is a directory'),
-        ('text.pem', 'cert.key', 'text.pem holds no certificate'),
-        ('cert.key', 'cert.key', 'cert.key holds no certificate'),
-        ('cert.pem', 'text.pem', 'text.pem holds no private key'),
-        ('cert.pem', 'cert.pem', 'cert.pem holds no private key'),
-        ('cert.pem', 'locked.key', 'locked.key holds no private key without a password'),
+        ('text.pem', 'cert.key', 'text.pem: no certificate'),
+        ('cert.key', 'cert.key', 'cert.key: no certificate'),
+        ('cert.pem', 'text.pem', 'text.pem: no private key'),
+        ('cert.pem', 'cert.pem', 'cert.pem: no private key'),
+        ('cert.pem', 'locked.key', 'locked.key: no private key without a password'),
         ('cert.pem', 'other.key', 'other.key is not that of '),
-        ('cert.pem', None, 'cert.pem holds no private key'),
-        ('text.pem', None, 'text.pem holds no certificate'),
-        ('/dev/null', None, '/dev/null holds no certificate'),
+        ('cert.pem', None, 'cert.pem: no private key'),
+        ('text.pem', None, 'text.pem: no certificate'),
+        ('/dev/null', None, '/dev/null: no certificate'),
     ],
 )
 def test_a_certificate_that_cannot_be_used_is_one_line_that_names_the_file(pem, cert, key, fault):
@@ -1068,7 +1084,7 @@ def test_a_file_that_may_not_be_read_is_one_line_that_names_it(pem, monkeypatch)
 def tokens(tmp_path):
     """A token file: two tokens of alice, one of bob."""
     path = tmp_path / 'tokens'
-    path.write_text('# who may use it\n\nalice:a1 # her laptop\n  alice:a2:x\nbob:b1\n')
+    path.write_text('\ufeff# who may use it\n\nalice:a1 # her laptop\r\n  alice:a2:x#y\nbob:b1\n')
     path.chmod(0o600)
     return str(path)
 
@@ -1092,8 +1108,8 @@ def within(server, userinfo='', query=''):
     [
         (bearer('a1'), 'alice'),
         (bearer('b1'), 'bob'),
-        ({'additional_headers': {'authorization': 'bearer a2:x'}}, 'alice'),
-        (basic(b'alice:a2:x'), 'alice'),
+        ({'additional_headers': {'authorization': 'bearer a2:x#y'}}, 'alice'),
+        (basic(b'alice:a2:x#y'), 'alice'),
         (basic(b'bob:b1'), 'bob'),
     ],
     ids=str,
@@ -1109,7 +1125,7 @@ async def test_a_token_in_a_header_tells_the_user(tokens, options, user):
     [
         ('alice:a1@', '', 'alice'),
         ('', '?token=b1', 'bob'),
-        ('', 'any/path?x=1&token=a2%3Ax', 'alice'),
+        ('', 'any/path?x=1&token=a2%3Ax%23y', 'alice'),
     ],
 )
 @run_async
@@ -1160,7 +1176,7 @@ async def test_without_a_valid_token_the_handshake_ends_with_401(tokens, query, 
                 assert caught.value.response.status_code == 401
                 assert 'Bearer' in caught.value.response.headers['WWW-Authenticate']
             assert not server._websocket_to_client
-    assert [line.partition(': ')[2] for line in lines()] == ['no valid token (0 before)']
+    assert [line.partition(': ')[2] for line in lines()] == ['no valid token (1 times so far)']
     assert 'a1' not in ''.join(lines())
 
 
@@ -1175,7 +1191,7 @@ async def test_to_a_client_only_those_of_its_own_user_exist(tokens):
             assert (await one.ask(one.offer(B)))['error'] == missing.replace(str(C), str(B))
             # The same UUID, of another user: nobody is displaced, and each reaches its own.
             async with registered(server, A, **bearer('b1')) as other:
-                async with registered(server, B, **bearer('a2:x')) as two:
+                async with registered(server, B, **bearer('a2:x#y')) as two:
                     await exchange(one, two)
                     await exchange(bob, other)
             assert 'unknown' in (await one.ask(one.offer(B)))['error']
@@ -1342,12 +1358,19 @@ async def test_a_message_in_fragments_is_forwarded_whole(number):
         assert await peer.websocket.recv() == text
 
 
+@pytest.mark.parametrize('extra', [0, 1, 20_000])
 @run_async
-async def test_a_message_in_too_many_fragments_is_closed_with_1009():
+async def test_a_message_in_too_many_fragments_is_closed_with_1009(extra):
     async with running_relay() as server, registered(server, A) as peer:
-        one = b'\0\x81\0\0\0\0x'
-        peer.websocket.transport.write(b'\x01' + one[1:] + one * 20_000)
-        assert await peer.closed_with() == CloseCode.MESSAGE_TOO_BIG
+        text = json.dumps(peer.offer(A))
+        # The message ends, and what comes first of it would be a message in itself.
+        frames = [b'\0\x81\0\0\0\0' + letter.encode() for letter in text]
+        frames += [b'\0\x80\0\0\0\0'] * (relay.MAX_FRAGMENTS + extra - len(frames))
+        last = b'\x80\x81\0\0\0\0x'
+        peer.websocket.transport.write(b'\x01' + b''.join(frames)[1:] + last)
+        frame = await peer.close_frame()
+        assert (frame.code, 'fragments' in frame.reason) == (CloseCode.MESSAGE_TOO_BIG, True)
+        assert peer.last_words == []
 
 
 @run_async
@@ -1367,6 +1390,41 @@ async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
             assert heard.index(other.offer(B)) < 300
             heard.remove(other.offer(B))
             assert heard == messages
+
+
+@run_async
+async def test_messages_are_read_at_the_rate(monkeypatch):
+    waits = []
+
+    async def wait(seconds):
+        waits.append(seconds)
+
+    async with running_relay(rate=10) as server:
+        # With the clock at a stand, the waits add up.
+        monkeypatch.setattr(relay, 'time', SimpleNamespace(monotonic=lambda: 1000.0))
+        monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(**{**vars(asyncio), 'sleep': wait}))
+        async with registered(server, A) as fast:
+            for _ in range(20):
+                await fast.ask(fast.registration())
+    assert waits[:20] == pytest.approx([n / 10 for n in range(1, 21)])
+
+
+@run_async
+async def test_a_client_that_was_silent_may_send_a_burst(monkeypatch):
+    clock, waits = [1000.0], []
+
+    async def wait(seconds):
+        waits.append(seconds)
+
+    async with running_relay(rate=100) as server:
+        monkeypatch.setattr(relay, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+        monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(**{**vars(asyncio), 'sleep': wait}))
+        async with registered(server, A) as peer:
+            clock[0] += 3600
+            waits.clear()
+            for _ in range(12):
+                await peer.ask(peer.registration())
+    assert waits[:9] == [0] * 9 and waits[11] > 0
 
 
 @run_async
@@ -1455,8 +1513,8 @@ async def test_web_pages_connect_from_the_origins_that_are_allowed(origin, welco
 def test_the_limits_are_options(monkeypatch):
     seen = {}
 
-    async def serve(host, port, certfile, keyfile, server, **limits):
-        seen.update(limits, relay=server)
+    async def serve(host, port, certfile, keyfile, **options):
+        seen.update(options)
 
     monkeypatch.setattr(relay, 'serve', serve)
     monkeypatch.setattr(relay, '_log_to', lambda *_: None)
@@ -1497,15 +1555,17 @@ async def test_a_scanner_is_refused_and_leaves_no_more_than_a_debug_line(
     monkeypatch.setattr(logging, 'raiseExceptions', True)
     monkeypatch.setattr(logging, 'basicConfig', lambda **_: None)
     relay._log_to(None, 'DEBUG')
-    with logged(caplog):
-        async with running_relay(open_timeout=0.5) as server, registered(server, A) as peer:
-            caplog.clear()
-            await http(server, probe)
-            await exchange(peer, peer)
-    lines = [
-        r for r in caplog.records if r.levelno > logging.DEBUG and 'Unregistered' not in r.msg
-    ]
-    assert lines == []
+    levels = {name: logging.getLogger(name).level for name in ('websockets', 'asyncio')}
+    try:
+        with logged(caplog) as lines:
+            async with running_relay(open_timeout=0.5) as server, registered(server, A) as peer:
+                await http(server, probe)
+                await exchange(peer, peer)
+                await until(lambda: len([x for x in lines() if x.startswith('No handshake')]) == 1)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
     assert len(caplog.text) < 2000
 
 
@@ -1521,10 +1581,79 @@ async def test_plain_text_on_a_tls_port_and_tls_on_a_plain_port_are_refused_quic
                 await open_websocket(server.url.replace('ws', 'wss'), ssl=trusting(pem))
 
 
-@pytest.mark.parametrize('version', ['TLSv1', 'TLSv1_1'])
-def test_tls_before_1_2_is_not_spoken(pem, version):
-    assert relay._tls(str(pem / 'both.pem'), None).minimum_version == ssl.TLSVersion.TLSv1_2
-    assert ssl.TLSVersion[version] < ssl.TLSVersion.TLSv1_2
+@pytest.mark.parametrize(
+    'version, welcome', [('TLSv1_1', False), ('TLSv1_2', True), ('TLSv1_3', True)]
+)
+@run_async
+async def test_tls_is_spoken_from_1_2_on(pem, version, welcome):
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust.load_verify_locations(pem / 'cert.pem')
+    # Of a client that would speak anything, whatever the machine's defaults are.
+    trust.set_ciphers('ALL:@SECLEVEL=0')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        trust.minimum_version = trust.maximum_version = ssl.TLSVersion[version]
+    context = relay._tls(str(pem / 'both.pem'), None)
+    context.set_ciphers('ALL:@SECLEVEL=0')
+    async with running_relay(context) as server:
+        if welcome:
+            async with registered(server, A, ssl=trust) as peer:
+                await exchange(peer, peer)
+        else:
+            with pytest.raises(OSError):
+                await open_websocket(server.url, ssl=trust)
+
+
+PING = b'\x89\xfd\0\0\0\0' + bytes(125)
+
+
+@run_async
+async def test_a_flood_of_pings_ends_only_its_own_connection():
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as flood,
+    ):
+        stall(flood)
+        websocket = holder(server, B).websocket
+        largest = 0
+        while holder(server, B):
+            flood.websocket.transport.write(PING * 4000)
+            await exchange(one, one)
+            largest = max(largest, websocket.transport.get_write_buffer_size())
+        assert largest < 2**18
+        await exchange(one, one)
+
+
+@run_async
+async def test_pings_that_are_answered_and_read_end_nothing():
+    async with running_relay() as server, registered(server, A) as peer:
+        for _ in range(20):
+            peer.websocket.transport.write(PING * 1000)
+            await exchange(peer, peer)
+
+
+@run_async
+async def test_what_a_client_sent_before_it_was_lost_does_not_keep_its_registration():
+    async with running_relay(rate=10, max_clients=2) as server, registered(server, A) as peer:
+        async with registered(server, B) as gone:
+            for _ in range(300):
+                gone.websocket.transport.write(b'\x81\x82\0\0\0\0{}')
+            await leave_with_a_reset(gone)
+            # At its rate, its messages would take half a minute, longer than this test may.
+            await until(lambda: len(server._websocket_to_client) == 1)
+        async with registered(server, C) as late:
+            await exchange(peer, late)
+
+
+@run_async
+async def test_clients_that_come_only_to_be_refused_share_a_log_line(caplog):
+    with logged(caplog) as lines:
+        async with running_relay() as server:
+            for _ in range(30):
+                async with connected(server) as peer:
+                    assert (await peer.ask('{}'))['success'] is False
+    assert len([line for line in lines() if 'Refused' in line]) == 1
 
 
 @run_async
