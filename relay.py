@@ -369,10 +369,10 @@ class RelayServer:
                     self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
                 if len(parts) <= MAX_FRAGMENTS:
                     parts.append(part)
-        except AttributeError:
+        except AttributeError as error:
             # So a TLS connection is lost in Python 3.9 and 3.10.
-            await client.websocket.wait_closed()
-        if len(parts) > MAX_FRAGMENTS or not parts:
+            raise ConnectionClosed(None, None) from error
+        if len(parts) > MAX_FRAGMENTS:
             return None
         return ''.join(parts) if isinstance(parts[0], str) else b''
 

@@ -1646,6 +1646,32 @@ async def test_what_a_client_sent_before_it_was_lost_does_not_keep_its_registrat
             await exchange(peer, late)
 
 
+@pytest.mark.parametrize('tls', [False, True])
+@run_async
+async def test_peers_that_are_lost_while_others_write_to_them_end_nobody_else(tls, pem, caplog):
+    context = relay._tls(str(pem / 'both.pem'), None) if tls else None
+    options = {'ssl': trusting(pem)} if tls else {}
+    with logged(caplog, 'INFO'):
+        async with running_relay(context) as server, registered(server, A, **options) as sender:
+            for _ in range(20):
+                async with registered(server, B, **options) as peer:
+                    for _ in range(200):
+                        peer.websocket.transport.write(b'\x81\x82\0\0\0\0{}')
+                    await sender.say(sender.offer(B, description='x' * 2**16))
+                    await leave_with_a_reset(peer)
+                    while holder(server, B):
+                        await sender.say(sender.offer(B))
+                        await exchange_with_oneself(sender)
+
+
+async def exchange_with_oneself(peer):
+    """See that a message arrives, whatever comes back of others."""
+    mark = peer.offer(peer.uuid, description=str(uuid4()))
+    await peer.say(mark)
+    while await peer.hear() != mark:
+        pass
+
+
 @run_async
 async def test_clients_that_come_only_to_be_refused_share_a_log_line(caplog):
     with logged(caplog) as lines:
