@@ -20,6 +20,7 @@ import ssl
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -837,6 +838,18 @@ async def test_session_descriptions_are_never_logged(caplog):
 
 
 @contextlib.contextmanager
+def ended_in_time(process):
+    """End a process in the end, or when it takes so long that a test would wait for ever."""
+    timer = threading.Timer(20, process.kill)
+    timer.start()
+    try:
+        yield process
+    finally:
+        timer.cancel()
+        process.kill()
+
+
+@contextlib.contextmanager
 def running_program(*options, hosts=1):
     """Run relay.py as a process; yields it, with its ports once they are bound."""
     command = [
@@ -848,23 +861,16 @@ def running_program(*options, hosts=1):
         '0',
         *options,
     ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8'
-    ) as process:
-        try:
-            process.lines = []
-            process.ports = []
-            while len(process.ports) < hosts:
-                line = process.stdout.readline()
-                assert line, process.stderr.read()
-                process.lines.append(line)
-                process.ports += [
-                    int(port) for port in re.findall(r'Serving relay server on .*:(\d+)', line)
-                ]
-            process.url = 'ws://127.0.0.1:%d' % process.ports[0]
-            yield process
-        finally:
-            process.kill()
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'encoding': 'utf-8'}
+    with subprocess.Popen(command, **pipes) as process, ended_in_time(process):
+        process.lines, process.ports = [], []
+        while len(process.ports) < hosts:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            process.lines.append(line)
+            process.ports += map(int, re.findall(r'Serving relay server on .*:(\d+)', line))
+        process.url = 'ws://127.0.0.1:%d' % process.ports[0]
+        yield process
 
 
 def fails(*options, status=1):
@@ -895,6 +901,23 @@ async def test_a_signal_closes_the_clients_and_ends_the_program(signals):
         form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] (INFO |WARNING) \(relay\) :: \S.*'
         lines = [*process.lines, *rest.splitlines()]
         assert len(lines) == 5 and all(re.fullmatch(form, line.strip()) for line in lines)
+
+
+@run_async
+async def test_a_client_that_neither_reads_nor_closes_does_not_hold_up_the_end(
+    monkeypatch, caplog
+):
+    # Less than websockets gives a connection to close, which is more than this test may take.
+    monkeypatch.setattr(relay, 'STOP_TIMEOUT', 0.2)
+    with caplog.at_level('INFO'):
+        serving = asyncio.ensure_future(relay.serve('127.0.0.1', 0))
+        await until(lambda: 'Serving' in caplog.text)
+        port = re.search(r'Serving relay server on 127.0.0.1:(\d+)', caplog.text)[1]
+        async with registered(SimpleNamespace(url=f'ws://127.0.0.1:{port}'), A) as peer:
+            stall(peer)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await serving
+            peer.websocket.transport.abort()
 
 
 def test_the_program_listens_on_every_address_of_its_host():
@@ -1518,6 +1541,7 @@ def test_the_limits_are_options(monkeypatch):
 
     monkeypatch.setattr(relay, 'serve', serve)
     monkeypatch.setattr(relay, '_log_to', lambda *_: None)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
     line = '--max-clients 7 --max-message 300 --rate 0 --ping-interval 0 --allow-origin x'
     assert relay.main([*line.split(), '--allow-origin', 'y']) == 0
     server = seen.pop('relay')
@@ -1745,14 +1769,11 @@ async def test_clients_that_come_and_go_in_every_way_leave_nothing_behind():
 def test_without_files_for_newcomers_those_connected_go_on():
     program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --max-clients 99'
     command = f'ulimit -n 40; exec {program}'
-    with subprocess.Popen(['bash', '-c', command], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            process.url = 'ws://' + line.split()[-1]
-            process.stdout.readline()
-            run_async(exhaust_files)(process)
-        finally:
-            process.kill()
+    shell = subprocess.Popen(['bash', '-c', command], stdout=subprocess.PIPE, text=True)
+    with shell as process, ended_in_time(process):
+        process.url = 'ws://' + process.stdout.readline().split()[-1]
+        process.stdout.readline()
+        run_async(exhaust_files)(process)
 
 
 async def exhaust_files(process):
