@@ -94,7 +94,7 @@ BURST = 0.1
 SPARE_FILES = 64
 # Bytes of pongs that a client leaves unread before it is taken for a flood of pings.
 MAX_PONGS = 2**13
-# Seconds for a displaced connection to answer its close; it may be dead, the next one waits.
+# Seconds for a displaced connection to answer its close: it may be dead, and the next one waits.
 TAKEOVER_WAIT = 0.5
 # Milliseconds until the kernel ends a connection that takes nothing, pings included.
 STALL_TIMEOUT = 120_000
@@ -323,7 +323,7 @@ class RelayServer:
         address = address_of(websocket.remote_address)
         user = user_of(websocket.request, self.tokens)
         if user is None or len(self._websocket_to_client) >= self._max_clients:
-            # When full, no HTTP error: clients never come back from one.
+            # Not an HTTP error when full: clients end of one, and come back after 1013.
             code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
             self.log_refusal(code, address, reason)
             await websocket.close(code, reason)
@@ -645,14 +645,14 @@ async def serve(
 
 
 class _Connection(ServerConnection):
-    """websockets' connection, which also ends what is no WebSocket and floods of pings."""
+    """A connection that ends at once what is no WebSocket, and floods of pings."""
 
     pongs = 0
 
     def data_received(self, data: bytes) -> None:
         # A TLS hello: websockets would wait for the end of its first line.
         if self.request is None and data.startswith(b'\x16'):
-            self.transport.abort()
+            return self.transport.abort()
         # Many pings would cost much at once; websockets answers them whether that is read or not.
         for start in range(0, len(data), MAX_PONGS):
             before = self.transport.get_write_buffer_size()
