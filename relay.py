@@ -112,6 +112,7 @@ LIMITS: dict[str, Any] = {
     'max_queue': 1,
     # For clients that offer it, as ProxyStore's do, it takes 40 KiB each.
     'compression': None,
+    # Strangers need not know the versions.
     'server_header': None,
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
     'ping_interval': 30,
@@ -244,7 +245,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _number(text: str) -> float:
     if len(text) > MAX_DIGITS or text[-1].isalpha():
-        raise ValueError(f'{shown(text)} is too long for a number, or is NaN or Infinity')
+        raise ValueError(f'{shown(text)} is NaN, Infinity or too long for a number')
     return float(text)
 
 
@@ -722,7 +723,8 @@ def _from(least: int, most: float = float('inf')) -> Callable[[str], int]:
     def number(text: str) -> int:
         if text.isdecimal() and least <= int(text) <= most:
             return int(text)
-        raise argparse.ArgumentTypeError(f'{text!r} is no number of {least} or more, up to {most}')
+        limit = f'{least} or more' if most == float('inf') else f'{least} to {most}'
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
 
     return number
 
@@ -735,16 +737,14 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')
     add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
     add('--token-file', metavar='PATH', help='lines user:token, for who may connect (anybody)')
-    add(
-        '--allow-origin',
-        action='append',
-        metavar='ORIGIN',
-        help='web page that may (any), or more',
-    )
+    add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
     add('--max-clients', type=_from(1), metavar='N', help='at once (the open-file limit less 64)')
-    add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help='(%(default)s)')
-    add('--rate', default=RATE, type=_from(0), metavar='N', help='messages/s of one (%(default)s)')
-    add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help='(%(default)s)')
+    size = 'bytes of the longest message (%(default)s)'
+    rate = 'messages a second of each client, 0 for any (%(default)s)'
+    pings = 'between pings, 0 for none (%(default)s)'
+    add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help=size)
+    add('--rate', default=RATE, type=_from(0), metavar='N', help=rate)
+    add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help=pings)
     add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
     add('--version', action='version', version=f'relay.py {__version__}')
