@@ -1758,6 +1758,8 @@ def clients_named(name):
 
 @run_async
 async def test_clients_that_come_and_go_in_every_way_leave_nothing_behind():
+    # What other tests left to collect may warn, and pytest keeps the frames that a warning is in.
+    gc.collect()
     async with running_relay() as server:
         before = len(os.listdir('/proc/self/fd'))
         for number in range(60):
@@ -1768,8 +1770,8 @@ async def test_clients_that_come_and_go_in_every_way_leave_nothing_behind():
         await until(lambda: not server._websocket_to_client)
         assert not server._uuid_to_client and not server._refusals and not server._closing
         await until(lambda: len(os.listdir('/proc/self/fd')) <= before)
-        # The last one's exception may still be on its way; a leak would keep all sixty.
-        assert len(clients_named('who leaves')) < 6
+        # websockets may be at the last of them still.
+        await until(lambda: not clients_named('who leaves'))
 
 
 def test_without_files_for_newcomers_those_connected_go_on():
