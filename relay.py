@@ -47,29 +47,34 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import calendar
 import contextlib
 import errno
 import hashlib
 import json
 import logging.handlers
 import os
+import platform
+import re
 import resource
 import signal
 import socket
 import ssl
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable
 from urllib.parse import parse_qs, urlsplit
-from uuid import UUID
+from uuid import UUID, uuid4
 
 try:
     from websockets.asyncio.server import Server, ServerConnection, broadcast
     from websockets.asyncio.server import serve as listen
-    from websockets.exceptions import ConnectionClosed
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
     from websockets.http11 import Request, Response
     from websockets.protocol import State
+    from websockets.version import version as websockets_version
 except ImportError as error:
     if __name__ != '__main__':
         raise
@@ -100,6 +105,8 @@ TAKEOVER_WAIT = 0.5
 STALL_TIMEOUT = 120_000
 # Seconds for a client to register, and for the relay to stop whatever its clients do.
 REGISTER_TIMEOUT, STOP_TIMEOUT = 30, 12
+# Seconds until a check has failed.
+CHECK_TIMEOUT = 10
 # Seconds between log lines on what one connection is refused; those in between are counted.
 REFUSAL_INTERVAL = 60
 # Characters of a number in a message, which no field takes and peers may not read; and of a
@@ -261,6 +268,12 @@ def shown(text: str) -> str:
 
 # ------------------------------------------------------------------------------- Relay
 
+# Why a message is not forwarded, by the name under which it is counted.
+UNFORWARDED = {
+    'unknown_peer': 'this peer is unknown',
+    'forged_source': "source_uuid is not the sender's",
+    'backlog': 'this peer does not read what is sent to it',
+}
 # What ProxyStore's relay says, and its endpoints show to their users.
 DISPLACED = 'Relay received a registration with the same ID. '
 DISPLACED += 'This might mean that the endpoint is running in multiple locations.'
@@ -301,6 +314,11 @@ class RelayServer:
         # All connections, and the registry: those that are registered, by user and UUID.
         self._websocket_to_client: dict[ServerConnection, Client] = {}
         self._uuid_to_client: dict[tuple[str, UUID | None], Client] = {}
+        # For the operator: since when, until when the certificate holds, what happened how often.
+        self.started = time.time()
+        self.expiry: float | None = None
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.refusals = dict.fromkeys(REFUSALS, 0)
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
         # The loop holds no reference to its tasks.
@@ -308,12 +326,16 @@ class RelayServer:
 
     def process_request(self, websocket: ServerConnection, request: Request) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
+        if request.path == '/healthz':
+            serving = websocket.server.is_serving()
+            return websocket.respond(*(200, 'ok\n') if serving else (503, 'stopping\n'))
         if 'Upgrade' not in request.headers:
             status, text, header = 426, WELCOME, ('Upgrade', 'websocket')
         elif user_of(request, self.tokens) is not None:
             return None
         else:
-            self.log_refusal(401, address_of(websocket.remote_address), 'no valid token')
+            address = address_of(websocket.remote_address)
+            self.log_refusal('unauthorized', 401, address, 'no valid token')
             status, text, header = 401, UNWELCOME, ('WWW-Authenticate', 'Bearer realm="relay"')
         response = websocket.respond(status, text)
         response.headers[header[0]] = header[1]
@@ -326,7 +348,7 @@ class RelayServer:
         if user is None or len(self._websocket_to_client) >= self._max_clients:
             # Not an HTTP error when full: clients end of one, and come back after 1013.
             code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
-            self.log_refusal(code, address, reason)
+            self.log_refusal('unauthorized' if user is None else 'full', code, address, reason)
             await websocket.close(code, reason)
             return
         _bound_buffers(websocket)
@@ -349,7 +371,7 @@ class RelayServer:
 
     async def _read(self, client: Client) -> None:
         """Deal with a connection's messages, no faster than the rate and a burst."""
-        due = time.monotonic()
+        due = 0.0
         while True:
             text = await self._next_message(client)
             # A client that is being closed may still be heard, but must not act any more.
@@ -359,6 +381,7 @@ class RelayServer:
                 await self._dispatch(client, text)
             if self._rate:
                 due = max(due, time.monotonic() - BURST) + 1 / self._rate
+                self.refusals['rate_paced'] += due > time.monotonic()
                 await asyncio.sleep(max(0, due - time.monotonic()))
 
     async def _next_message(self, client: Client) -> str | bytes | None:
@@ -380,11 +403,18 @@ class RelayServer:
     def _ending(self, client: Client, error: ConnectionClosed) -> str:
         """Return how a connection ended, for the log; log it at once if it was refused."""
         if error.sent is None or error.rcvd_then_sent:
-            return f'closed with {error.rcvd.code}' if error.rcvd else 'connection lost'
-        if error.sent.code in (1002, 1007, 1008, 1009):
-            source = client if client.uuid else None
-            self.log_refusal(source, client, f'{error.sent.reason} ({error.sent.code})')
-        return f'closed by the relay with {error.sent.code}'
+            if error.rcvd is None:
+                return 'connection lost'
+            reason = f': {shown(error.rcvd.reason)}' if error.rcvd.reason else ''
+            return f'closed with {error.rcvd.code}{reason}'
+        code, reason = error.sent.code, error.sent.reason
+        late = 'unauthorized' if client.uuid else 'never_registered'
+        kinds = {1002: 'malformed', 1007: 'malformed', 1008: late, 1009: 'too_large'}
+        if code in kinds:
+            self.log_refusal(kinds[code], client.uuid and client, client, f'{reason} ({code})')
+        # The other reason for 1011 is a defect of ours.
+        self.counts['pings_given_up'] += code == 1011 and 'ping' in reason
+        return f'closed by the relay with {code}: {reason}'
 
     def _expect(self, client: Client) -> None:
         if client.uuid is None:
@@ -429,10 +459,12 @@ class RelayServer:
         client.name, client.uuid = request.name, request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
         self._uuid_to_client[key] = client
+        self.counts['registrations'] += 1
         broadcast((websocket,), encode(ServerResponse(message_type=client.response_type)))
         logger.info('Registered %s', client)
 
     def _displace(self, client: Client) -> asyncio.Task[None]:
+        self.counts['displaced_registrations'] += 1
         code = 4004 if client.response_type == 'relay_response' else 1001
         return self._close(client, code, DISPLACED)
 
@@ -465,10 +497,11 @@ class RelayServer:
         if client.uuid is None:
             await self._refuse(client, 'client has not registered yet')
             return
-        reason = self._forward(client, message, text or encode(message))
-        if reason is None:
+        kind = self._forward(client, message, text or encode(message))
+        if kind is None:
             return
-        self.log_refusal(client, client, f'message to {message.peer_uuid}: {reason}')
+        reason = UNFORWARDED[kind]
+        self.log_refusal(kind, client, client, f'message to {message.peer_uuid}: {reason}')
         error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
         answer = replace(message, error=f'{error}because {reason}.')
         # With the error, and escapes for what is not ASCII, it may be too long for its sender.
@@ -477,21 +510,24 @@ class RelayServer:
         await self.send(websocket, answer)
 
     def _forward(self, client: Client, message: PeerConnection, text: str) -> str | None:
-        """Write a text to the peer without waiting, or return why that cannot be."""
+        """Write a text to the peer without waiting, or return which of UNFORWARDED it is."""
         if message.source_uuid != client.uuid:
-            return "source_uuid is not the sender's"
+            return 'forged_source'
         peer = self._uuid_to_client.get((client.user, message.peer_uuid))
         # A connection that is being closed, or lost, would lose the message without a word.
         if peer is None or peer.websocket.state is not State.OPEN:
-            return 'this peer is unknown'
+            return 'unknown_peer'
         try:
             backlog = peer.websocket.transport.get_write_buffer_size()
         except AttributeError:
             # So a TLS connection is lost in Python 3.9 and 3.10.
-            return 'this peer is unknown'
-        if backlog and backlog + len(text.encode()) > MAX_BACKLOG:
-            return 'this peer does not read what is sent to it'
+            return 'unknown_peer'
+        size = len(text.encode())
+        if backlog and backlog + size > MAX_BACKLOG:
+            return 'backlog'
         broadcast((peer.websocket,), text)
+        self.counts['forwarded_messages'] += 1
+        self.counts['forwarded_bytes'] += size
         logger.debug('Forwarded from %s to %s', client.uuid, peer.uuid)
         return None
 
@@ -503,12 +539,13 @@ class RelayServer:
     async def _refuse(self, client: Client, reason: str) -> None:
         """Answer what is not a message, or not in its place, with the reason."""
         # One source for all that are not registered: they come as often as they like.
-        self.log_refusal(client if client.uuid else None, client, reason)
+        self.log_refusal('malformed', client.uuid and client, client, reason)
         answer = ServerResponse(False, reason, True, client.response_type)
         await self.send(client.websocket, answer)
 
-    def log_refusal(self, source: Any, who: Any, reason: str) -> None:
+    def log_refusal(self, kind: str, source: Any, who: Any, reason: str) -> None:
         """Count a refusal, and log it unless its source had one logged lately."""
+        self.refusals[kind] += 1
         logged, count = self._refusals.get(source, (float('-inf'), 0))
         now = time.monotonic()
         if now - logged >= REFUSAL_INTERVAL:
@@ -520,21 +557,25 @@ class RelayServer:
         """Log in one line that newcomers have to wait until there are files for them again."""
         error = context.get('exception')
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self.log_refusal(errno.EMFILE, 'newcomers for a second', error.strerror or '')
+            self.log_refusal('full', errno.EMFILE, 'newcomers for a second', error.strerror or '')
         else:
             loop.default_exception_handler(context)
 
     def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
         """Read tokens and certificate again, both or neither; close clients whose user is gone."""
+        notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
             tokens = self._token_file and read_tokens(self._token_file)
             if tls is not None:
                 # A pair that does not match would leave the context in use with neither.
                 _tls(certfile, keyfile)
                 tls.load_cert_chain(certfile, keyfile, password=str)
+                self.expiry = expiry_of(certfile)
         except (StartError, OSError) as error:
             logger.error('Reloaded nothing: %s', error)
             return
+        finally:
+            notify('READY=1')
         if tokens:
             self.tokens = tokens
             users = set(tokens.values())
@@ -614,6 +655,106 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+# ------------------------------------------------------------------------------- Operations
+
+# What is counted, with the words of its explanation.
+COUNTS = {
+    'registrations': 'Registrations on new connections.',
+    'displaced_registrations': 'Registrations that another connection took over.',
+    'forwarded_messages': 'Messages forwarded to their peers.',
+    'forwarded_bytes': 'Bytes of the messages forwarded.',
+    'pings_given_up': 'Connections ended because they answered no ping.',
+}
+# What is refused or, at `rate_paced`, held up; counted by reason.
+REFUSALS = (*UNFORWARDED, 'malformed', 'too_large', 'rate_paced', 'unauthorized', 'full')
+REFUSALS += ('never_registered',)
+
+
+def metrics(relay: RelayServer) -> str:
+    """Return how the relay does, in Prometheus' text format."""
+    text = ''
+    for name, explanation, value in _samples(relay):
+        family = name.partition('{')[0]
+        if f'# HELP {family} ' not in text:
+            kind = 'counter' if family.endswith('_total') else 'gauge'
+            text += f'# HELP {family} {explanation}\n# TYPE {family} {kind}\n'
+        text += f'{name} {value}\n'
+    return text
+
+
+def _samples(relay: RelayServer) -> Iterator[tuple[str, str, float]]:
+    versions = f'version="{__version__}",websockets="{websockets_version}"'
+    yield f'relay_build_info{{{versions},python="{platform.python_version()}"}}', 'Versions.', 1
+    yield 'relay_uptime_seconds', 'Time since the start.', time.time() - relay.started
+    yield 'relay_connected_clients', 'Connections.', len(relay._websocket_to_client)
+    generations = [client.response_type for client in relay._uuid_to_client.values()]
+    for generation in ('server', 'relay'):
+        name = f'relay_registered_clients{{generation="{generation}"}}'
+        yield name, 'Registered clients.', generations.count(f'{generation}_response')
+    for name, explanation in COUNTS.items():
+        yield f'relay_{name}_total', explanation, relay.counts[name]
+    for kind, count in relay.refusals.items():
+        yield f'relay_refusals_total{{reason="{kind}"}}', 'What was refused, or slowed.', count
+    if relay.expiry is not None:
+        name = 'relay_certificate_expiry_timestamp_seconds'
+        yield name, 'When the certificate ends.', relay.expiry
+    yield 'process_start_time_seconds', 'When the process began.', relay.started
+    yield 'process_cpu_seconds_total', 'Processor time used.', time.process_time()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield 'process_max_fds', 'Files it may have open.', files
+    with contextlib.suppress(OSError), open('/proc/self/statm') as file:
+        yield 'process_open_fds', 'Files it has open.', len(os.listdir('/proc/self/fd'))
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+        yield 'process_resident_memory_bytes', 'Memory it has in use.', resident
+
+
+def expiry_of(certfile: str) -> float | None:
+    """Return when the first certificate in a file ends, in seconds since 1970."""
+    with open(certfile, encoding='latin-1') as file:
+        pem = re.search('-----BEGIN CERT[^-]*-----END CERTIFICATE-----', file.read())
+    # The standard library tells the dates only of what it trusts. They stand side by side, each
+    # in either of two forms.
+    form = rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z'
+    dates = re.search(form * 2, ssl.PEM_cert_to_DER_cert(pem[0]) if pem else b'')
+    if dates is None:
+        return None
+    end = dates[2].decode()
+    return float(calendar.timegm(time.strptime('20' * (len(end) == 12) + end, '%Y%m%d%H%M%S')))
+
+
+def notify(*states: str) -> None:
+    """Tell systemd, where it asked to be told."""
+    path = os.environ.get('NOTIFY_SOCKET')
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1)
+        # The name of an abstract socket begins with a null byte, for which an @ stands.
+        sock.connect('\0' + path[1:] if path[0] == '@' else path)
+        sock.send('\n'.join(states).encode())
+
+
+def beat(relay: RelayServer) -> None:
+    """Tell systemd, twice in each period of its watchdog, that and how the relay lives."""
+    uptime = time.time() - relay.started
+    units = ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
+    length, unit = next((u for u in units if uptime >= 2 * u[0]), units[-1])
+    clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
+    status = f'{clients:,} clients, {messages:,} messages forwarded'
+    notify('WATCHDOG=1', f'STATUS={status}, up {uptime // length:.0f} {unit}')
+    period = int(os.environ.get('WATCHDOG_USEC') or 60_000_000) / 1_000_000
+    asyncio.get_running_loop().call_later(period / 2, beat, relay)
+
+
+class _JournalFormatter(logging.Formatter):
+    """Begins each line with its level, as the journal reads it; the journal knows the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        lines = super().format(record).splitlines()
+        return '\n'.join(f'<{LEVELS[record.levelname]}>{line}' for line in lines)
+
+
 # ------------------------------------------------------------------------------- Server
 
 
@@ -625,23 +766,36 @@ async def serve(
     `options`: `relay`, a RelayServer, and what goes before LIMITS. Raises StartError.
     """
     relay: RelayServer = options.pop('relay', None) or RelayServer()
-    tls = None if certfile is None else _tls(certfile, keyfile)
+    metrics_port = options.pop('metrics_port', None)
+    tls = None
+    if certfile is not None:
+        tls, relay.expiry = _tls(certfile, keyfile), expiry_of(certfile)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(relay.on_loop_error)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
-    server = await _listen(relay, host, port, tls, **options)
-    for sock in server.sockets:
+    servers = [await _listen(relay, host, port, tls, **options)]
+    for sock in servers[0].sockets:
         logger.info('Serving relay server on %s', address_of(sock.getsockname()))
+    if metrics_port is not None:
+        answer = {'process_request': lambda websocket, _: websocket.respond(200, metrics(relay))}
+        servers.append(await _listen(relay, '127.0.0.1', metrics_port, None, **answer))
+        logger.info('Serving metrics on %s', address_of(servers[1].sockets[0].getsockname()))
     if relay.tokens is None:
         logger.warning('No --token-file: whoever can reach this relay can use it')
+    if 'NOTIFY_SOCKET' in os.environ:
+        beat(relay)
+    notify('READY=1')
     await stop.wait()
-    server.close()
+    notify('STOPPING=1')
+    for server in servers:
+        server.close()
     # A client that neither reads nor closes must not hold up the end.
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(server.wait_closed(), STOP_TIMEOUT)
+        closed = asyncio.gather(*(server.wait_closed() for server in servers))
+        await asyncio.wait_for(closed, STOP_TIMEOUT)
     logger.info('Server closed')
 
 
@@ -672,8 +826,8 @@ class _Connection(ServerConnection):
 async def _listen(
     relay: RelayServer, host: str, port: int, tls: ssl.SSLContext | None = None, **limits: Any
 ) -> Server:
-    limits = {**LIMITS, 'create_connection': _Connection, **limits}
-    limits['process_request'] = relay.process_request
+    defaults = {'create_connection': _Connection, 'process_request': relay.process_request}
+    limits = {**LIMITS, **defaults, **limits}
     limits.update(ssl=tls, ssl_handshake_timeout=tls and limits.get('open_timeout', 10))
     try:
         return await listen(relay.handler, host, port, **limits)
@@ -706,9 +860,86 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     return context
 
 
+# ------------------------------------------------------------------------------- Check
+
+# What a check may fail with, the first that fits, and where to look.
+FAILURES: dict[type[Exception], str] = {
+    StartError: '{0}; look at the log of the relay',
+    MessageDecodeError: 'a WebSocket server, but no relay; look at the address',
+    ConnectionClosed: 'closed: {0}; look at the log of the relay',
+    InvalidStatus: 'HTTP {0.response.status_code}; look at the address: there is no relay',
+    InvalidHandshake: 'no relay answers; look at the port, and whether it is ws:// or wss://',
+    asyncio.TimeoutError: f'timed out after {CHECK_TIMEOUT} s; look at the firewall',
+    socket.gaierror: 'name not found; look at the address',
+    ssl.SSLCertVerificationError: '{0.verify_message}; look at --certfile, and at the address',
+    OSError: 'cannot connect ({0!r}); look at the port, and whether it is ws:// or wss://',
+    Exception: '{0.__class__.__name__}; is the address one like wss://relay.example.org:8765?',
+}
+
+
+async def check(url: str) -> str:
+    """Have two clients of its own meet through the relay at a URL; return how that went.
+
+    The relay may be one of ProxyStore's. Raises StartError with what failed and where to look.
+    Neither tells the token.
+    """
+    place = re.sub('//.*@', '//', url).partition('?')[0]
+    try:
+        try:
+            meeting = await asyncio.wait_for(_meet(url, 'server'), CHECK_TIMEOUT)
+        except ConnectionClosed:
+            # So ends ProxyStore's later relay who speaks as to its earlier one.
+            meeting = await asyncio.wait_for(_meet(url, 'relay'), CHECK_TIMEOUT)
+    except Exception as error:
+        reason = next(FAILURES[kind] for kind in FAILURES if isinstance(error, kind))
+        if isinstance(error, InvalidStatus) and error.response.status_code == 401:
+            reason = 'HTTP 401; look at the token in the address, and at --token-file'
+        # One of several, where a name has several addresses.
+        if f'[Errno {errno.ECONNREFUSED}]' in str(error):
+            reason = 'refused; look whether the relay runs, and at the port'
+        raise StartError(f'{place}: {reason.format(error)}') from error
+    return f'ok: two clients met through {place} {meeting}'
+
+
+async def _meet(url: str, generation: str) -> str:
+    from websockets.asyncio.client import connect as dial
+
+    async with dial(url, open_timeout=None) as one, dial(url, open_timeout=None) as other:
+        uuids = {one: uuid4(), other: uuid4()}
+        for websocket, uuid in uuids.items():
+            request = ServerRegistration('check', uuid, f'{generation}_registration')
+            answer = ServerResponse(message_type=f'{generation}_response')
+            await _deliver(request, websocket, websocket, answer)
+        began = time.perf_counter()
+        for kind, source, peer in (('offer', one, other), ('answer', other, one)):
+            message = PeerConnection(uuids[source], 'check', uuids[peer], kind, 'v=0')
+            await _deliver(message, source, peer, message)
+        meeting = f'in {1000 * (time.perf_counter() - began):.1f} ms'
+        tls = one.transport.get_extra_info('ssl_object')
+        if tls is None:
+            return meeting
+        left = ssl.cert_time_to_seconds(tls.getpeercert()['notAfter']) - time.time()
+        return f'{meeting} (certificate valid for {left / 86400:.0f} more days)'
+
+
+async def _deliver(message: Message, source: Any, peer: Any, expected: Message) -> None:
+    """Send a message, and hear what is expected at the peer, before an error at the source."""
+    await source.send(encode(message))
+    hearing = [asyncio.ensure_future(websocket.recv()) for websocket in {source, peer}]
+    try:
+        done, _ = await asyncio.wait(hearing, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in hearing:
+            task.cancel()
+    heard = decode(done.pop().result())
+    if heard != expected:
+        raise StartError(vars(heard).get('error') or vars(heard).get('message') or 'no answer')
+
+
 # ------------------------------------------------------------------------------- Command line
 
-LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG')
+# As the journal numbers them.
+LEVELS = {'CRITICAL': 2, 'ERROR': 3, 'WARNING': 4, 'INFO': 6, 'DEBUG': 7}
 LOG_FORMAT = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
 LOG_DATE = '%Y-%m-%d %H:%M:%S'
 
@@ -745,8 +976,12 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help=size)
     add('--rate', default=RATE, type=_from(0), metavar='N', help=rate)
     add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help=pings)
+    add(
+        '--metrics-port', type=_from(0, 65535), metavar='PORT', help='for Prometheus, on 127.0.0.1'
+    )
     add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
+    add('--check', metavar='URL', help='see whether two clients meet through the relay at a URL')
     add('--version', action='version', version=f'relay.py {__version__}')
     options = parser.parse_args(argv)
     if options.keyfile and not options.certfile:
@@ -757,6 +992,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 def _log_to(log_dir: str | None, level: str) -> None:
     """Log to standard output and, where a folder is given, to a file in it."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    journal = os.environ.get('JOURNAL_STREAM')
+    if journal and journal == '{0.st_dev}:{0.st_ino}'.format(os.fstat(sys.stdout.fileno())):
+        handlers[0].setFormatter(_JournalFormatter('%(message)s'))
     path = os.path.join(log_dir or '', 'server.log')
     try:
         if log_dir is not None:
@@ -779,6 +1017,11 @@ def main(argv: list[str] | None = None) -> int:
     # Until it means a reload, it must not end the program.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
+        if options.check is not None:
+            # One line is what it prints, whatever asyncio has to say.
+            logging.disable()
+            print(asyncio.run(check(options.check)))
+            return 0
         _log_to(options.log_dir, options.log_level)
         # 1,024 open files are a relay's first end. (Some systems refuse to give all they have.)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -789,7 +1032,7 @@ def main(argv: list[str] | None = None) -> int:
         # A client that is no browser has no origin.
         limits['origins'] = options.allow_origin and [*options.allow_origin, None]
         where = options.host, options.port, options.certfile, options.keyfile
-        asyncio.run(serve(*where, relay=relay, **limits))
+        asyncio.run(serve(*where, relay=relay, metrics_port=options.metrics_port, **limits))
     except StartError as error:
         print(f'relay.py: {error}', file=sys.stderr)
         return 1
