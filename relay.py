@@ -49,6 +49,7 @@ import asyncio
 import base64
 import calendar
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -62,7 +63,6 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable
 from urllib.parse import parse_qs, urlsplit
@@ -657,69 +657,54 @@ def _digest(token: str) -> bytes:
 
 # ------------------------------------------------------------------------------- Operations
 
-# What is counted, with the words of its explanation.
-COUNTS = {
-    'registrations': 'Registrations on new connections.',
-    'displaced_registrations': 'Registrations that another connection took over.',
-    'forwarded_messages': 'Messages forwarded to their peers.',
-    'forwarded_bytes': 'Bytes of the messages forwarded.',
-    'pings_given_up': 'Connections ended because they answered no ping.',
-}
-# What is refused or, at `rate_paced`, held up; counted by reason.
-REFUSALS = (*UNFORWARDED, 'malformed', 'too_large', 'rate_paced', 'unauthorized', 'full')
-REFUSALS += ('never_registered',)
+# What is counted.
+COUNTS = ['registrations', 'displaced_registrations', 'pings_given_up']
+COUNTS += ['forwarded_messages', 'forwarded_bytes']
+# What is refused or, at `rate_paced`, held up: counted by these reasons.
+REFUSALS = [*UNFORWARDED, 'malformed', 'too_large', 'rate_paced', 'never_registered']
+REFUSALS += ['unauthorized', 'full']
 
 
 def metrics(relay: RelayServer) -> str:
     """Return how the relay does, in Prometheus' text format."""
+    versions = f'version="{__version__}",websockets="{websockets_version}"'
+    clients = [client.response_type for client in relay._uuid_to_client.values()]
+    values: dict[str, float] = {
+        f'relay_build_info{{{versions},python="{platform.python_version()}"}}': 1,
+        'relay_uptime_seconds': time.time() - relay.started,
+        'relay_connected_clients': len(relay._websocket_to_client),
+        'relay_registered_clients{generation="server"}': clients.count('server_response'),
+        'relay_registered_clients{generation="relay"}': clients.count('relay_response'),
+        **{f'relay_{name}_total': count for name, count in relay.counts.items()},
+        **{f'relay_refusals_total{{reason="{k}"}}': n for k, n in relay.refusals.items()},
+        'process_start_time_seconds': relay.started,
+        'process_cpu_seconds_total': time.process_time(),
+        'process_max_fds': resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
+    if relay.expiry is not None:
+        values['relay_certificate_expiry_timestamp_seconds'] = relay.expiry
+    with contextlib.suppress(OSError), open('/proc/self/statm') as file:
+        values['process_open_fds'] = len(os.listdir('/proc/self/fd'))
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+        values['process_resident_memory_bytes'] = resident
     text = ''
-    for name, explanation, value in _samples(relay):
+    for name, value in values.items():
         family = name.partition('{')[0]
-        if f'# HELP {family} ' not in text:
-            kind = 'counter' if family.endswith('_total') else 'gauge'
-            text += f'# HELP {family} {explanation}\n# TYPE {family} {kind}\n'
-        text += f'{name} {value}\n'
+        kind = 'counter' if family.endswith('_total') else 'gauge'
+        head = f'# HELP {family} {family.replace("_", " ")}\n# TYPE {family} {kind}\n'
+        text += f'{"" if head in text else head}{name} {value}\n'
     return text
 
 
-def _samples(relay: RelayServer) -> Iterator[tuple[str, str, float]]:
-    versions = f'version="{__version__}",websockets="{websockets_version}"'
-    yield f'relay_build_info{{{versions},python="{platform.python_version()}"}}', 'Versions.', 1
-    yield 'relay_uptime_seconds', 'Time since the start.', time.time() - relay.started
-    yield 'relay_connected_clients', 'Connections.', len(relay._websocket_to_client)
-    generations = [client.response_type for client in relay._uuid_to_client.values()]
-    for generation in ('server', 'relay'):
-        name = f'relay_registered_clients{{generation="{generation}"}}'
-        yield name, 'Registered clients.', generations.count(f'{generation}_response')
-    for name, explanation in COUNTS.items():
-        yield f'relay_{name}_total', explanation, relay.counts[name]
-    for kind, count in relay.refusals.items():
-        yield f'relay_refusals_total{{reason="{kind}"}}', 'What was refused, or slowed.', count
-    if relay.expiry is not None:
-        name = 'relay_certificate_expiry_timestamp_seconds'
-        yield name, 'When the certificate ends.', relay.expiry
-    yield 'process_start_time_seconds', 'When the process began.', relay.started
-    yield 'process_cpu_seconds_total', 'Processor time used.', time.process_time()
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield 'process_max_fds', 'Files it may have open.', files
-    with contextlib.suppress(OSError), open('/proc/self/statm') as file:
-        yield 'process_open_fds', 'Files it has open.', len(os.listdir('/proc/self/fd'))
-        resident = int(file.read().split()[1]) * resource.getpagesize()
-        yield 'process_resident_memory_bytes', 'Memory it has in use.', resident
-
-
-def expiry_of(certfile: str) -> float | None:
+def expiry_of(certfile: str) -> float:
     """Return when the first certificate in a file ends, in seconds since 1970."""
     with open(certfile, encoding='latin-1') as file:
-        pem = re.search('-----BEGIN CERT[^-]*-----END CERTIFICATE-----', file.read())
-    # The standard library tells the dates only of what it trusts. They stand side by side, each
-    # in either of two forms.
-    form = rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z'
-    dates = re.search(form * 2, ssl.PEM_cert_to_DER_cert(pem[0]) if pem else b'')
-    if dates is None:
-        return None
-    end = dates[2].decode()
-    return float(calendar.timegm(time.strptime('20' * (len(end) == 12) + end, '%Y%m%d%H%M%S')))
+        pem = file.read().partition('CERTIFICATE-----')[2].partition('-----END')[0]
+    # The standard library tells this only of certificates that it trusts. Two dates stand in one,
+    # its beginning and its end, with two or four digits of the year.
+    dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
+    end = b'20' + dates[1]
+    return calendar.timegm(time.strptime(end[-14:].decode(), '%Y%m%d%H%M%S'))
 
 
 def notify(*states: str) -> None:
@@ -736,12 +721,11 @@ def notify(*states: str) -> None:
 
 def beat(relay: RelayServer) -> None:
     """Tell systemd, twice in each period of its watchdog, that and how the relay lives."""
-    uptime = time.time() - relay.started
-    units = ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
-    length, unit = next((u for u in units if uptime >= 2 * u[0]), units[-1])
     clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
-    status = f'{clients:,} clients, {messages:,} messages forwarded'
-    notify('WATCHDOG=1', f'STATUS={status}, up {uptime // length:.0f} {unit}')
+    uptime = datetime.timedelta(seconds=int(time.time() - relay.started))
+    notify(
+        'WATCHDOG=1', f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
+    )
     period = int(os.environ.get('WATCHDOG_USEC') or 60_000_000) / 1_000_000
     asyncio.get_running_loop().call_later(period / 2, beat, relay)
 
@@ -933,7 +917,7 @@ async def _deliver(message: Message, source: Any, peer: Any, expected: Message) 
             task.cancel()
     heard = decode(done.pop().result())
     if heard != expected:
-        raise StartError(vars(heard).get('error') or vars(heard).get('message') or 'no answer')
+        raise StartError(vars(heard).get('message') or vars(heard).get('error') or 'no answer')
 
 
 # ------------------------------------------------------------------------------- Command line

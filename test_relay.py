@@ -1429,7 +1429,7 @@ async def test_messages_are_read_at_the_rate(monkeypatch):
         async with registered(server, A) as fast:
             for _ in range(20):
                 await fast.ask(fast.registration())
-    assert waits[:20] == pytest.approx([n / 10 for n in range(1, 21)])
+    assert waits[:20] == pytest.approx([n / 10 for n in range(20)])
 
 
 @run_async
@@ -1551,6 +1551,482 @@ def test_the_limits_are_options(monkeypatch):
     assert relay.main([]) == 0
     assert (seen['max_size'], seen['ping_interval'], seen['origins']) == (2**20, 30, None)
     assert seen['relay']._rate == 500
+
+
+# ------------------------------------------------------------------------------- Operations
+
+
+async def fetch(port, path='/', lines=''):
+    """Ask for a page in plain HTTP; return the status and the text."""
+    reader, writer = await asyncio.open_connection('127.0.0.1', port)
+    writer.write(f'GET {path} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n'.encode())
+    answer = (await reader.read()).decode()
+    writer.close()
+    head, _, text = answer.partition('\r\n\r\n')
+    return int(head.split()[1]), text
+
+
+def samples(server):
+    """Return what Prometheus reads: the value of each sample by its name."""
+    lines = [line for line in relay.metrics(server).splitlines() if line[0] != '#']
+    return {name: float(value) for name, value in (line.rsplit(' ', 1) for line in lines)}
+
+
+@contextlib.contextmanager
+def moves(server, name, amount=1):
+    """See that a sample moves by an amount, and that no refusal but it does."""
+    before = samples(server)
+    yield
+    after = samples(server)
+    assert after[name] - before[name] == amount
+    changed = {key for key in after if 'refusals' in key and after[key] != before[key]}
+    assert changed <= {name}
+
+
+def refused(kind):
+    return f'relay_refusals_total{{reason="{kind}"}}'
+
+
+@run_async
+async def test_health_is_told_to_whoever_asks(tokens):
+    async with running_relay(tokens=tokens) as server:
+        assert await fetch(port_of(server), '/healthz') == (200, 'ok\n')
+        status, text = await fetch(port_of(server))
+        assert (status, 'relay' in text) == (426, True)
+
+
+@run_async
+async def test_a_relay_that_stops_says_so_to_who_asks_for_its_health():
+    with running_program('--host', '127.0.0.1') as process:
+        reader, writer = await asyncio.open_connection('127.0.0.1', process.ports[0])
+        async with registered(process, A) as peer:
+            process.terminate()
+            await peer.closed_with()
+            writer.write(b'GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            answer = await reader.read()
+            writer.close()
+        assert answer.startswith(b'HTTP/1.1 503 ') and answer.endswith(b'\r\n\r\nstopping\n')
+
+
+@run_async
+async def test_metrics_are_served_on_this_machine_only(monkeypatch):
+    with running_program('--host', '0.0.0.0', '--metrics-port', '0') as process:
+        line = process.stdout.readline()
+        port = int(re.search(r'Serving metrics on 127\.0\.0\.1:(\d+)$', line)[1])
+        status, text = await fetch(port, '/metrics')
+        assert (status, 'relay_uptime_seconds' in text) == (200, True)
+        with pytest.raises(OSError):
+            socket.create_connection(('127.0.0.2', port))
+        with socket.create_connection(('127.0.0.2', process.ports[0])):
+            pass
+
+
+def test_a_metrics_port_in_use_is_one_line():
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = ['--host', '127.0.0.1', '--port', '0', '--metrics-port', port]
+        command = [sys.executable, HERE / 'relay.py', *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    reason = f'cannot listen on 127.0.0.1:{port}: address already in use'
+    assert done.stderr == f'relay.py: {reason}\n'
+
+
+def test_every_family_of_metrics_has_its_help_and_its_type_once():
+    lines = relay.metrics(RelayServer()).splitlines()
+    families = [line.split()[2] for line in lines if line.startswith('# HELP ')]
+    assert len(families) == len(set(families)) >= 12
+    for family in families:
+        kind = 'counter' if family.endswith('_total') else 'gauge'
+        assert lines.count(f'# TYPE {family} {kind}') == 1
+    assert {line.split('{')[0].split()[0] for line in lines if line[0] != '#'} == set(families)
+
+
+@pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not here')
+def test_promtool_has_nothing_to_say_about_the_metrics():
+    server = RelayServer()
+    server.expiry = 1.0
+    done = subprocess.run(
+        ['promtool', 'check', 'metrics'],
+        input=relay.metrics(server),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+@pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not here')
+@pytest.mark.parametrize('kind, head', [('config', 'scrape_configs:'), ('rules', 'groups:')])
+def test_prometheus_takes_what_the_readme_shows(kind, head, tmp_path):
+    block = re.search(rf'(?m)^    {head}\n(    .*\n)+', (HERE / 'README.md').read_text())
+    (tmp_path / 'file.yml').write_text(re.sub('(?m)^    ', '', block[0]))
+    command = ['promtool', 'check', kind, tmp_path / 'file.yml']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    named = set(re.findall(r'\b(?:relay|process)_\w+', block[0]))
+    server = RelayServer()
+    server.expiry = 1.0
+    assert named <= {name.partition('{')[0] for name in samples(server)}
+
+
+@run_async
+async def test_clients_are_counted_by_their_generation():
+    async with running_relay() as server, connected(server):
+        async with registered(server, A), registered(server, B, generation='relay'):
+            values = samples(server)
+            assert values['relay_connected_clients'] == 3
+            for generation in GENERATIONS:
+                assert values[f'relay_registered_clients{{generation="{generation}"}}'] == 1
+        await until(lambda: samples(server)['relay_connected_clients'] == 1)
+        assert samples(server)['relay_registered_clients{generation="relay"}'] == 0
+
+
+@run_async
+async def test_registrations_are_counted_and_those_that_are_displaced():
+    async with running_relay() as server:
+        with (
+            moves(server, 'relay_registrations_total', 2),
+            moves(server, 'relay_displaced_registrations_total', 1),
+        ):
+            async with registered(server, A) as old, registered(server, A) as peer:
+                # Again on the same connection is nothing new.
+                await peer.ask(peer.registration())
+                await old.closed_with()
+
+
+@run_async
+async def test_messages_and_their_bytes_are_counted():
+    async with running_relay() as server, registered(server, A) as one:
+        text = json.dumps(one.offer(A, description='\u00e9' * 100), ensure_ascii=False)
+        with (
+            moves(server, 'relay_forwarded_messages_total', 3),
+            moves(server, 'relay_forwarded_bytes_total', 3 * len(text.encode())),
+        ):
+            for _ in range(3):
+                await one.ask(text)
+
+
+@run_async
+async def test_messages_that_come_back_are_counted_by_their_reason():
+    async with running_relay() as server, registered(server, A) as one:
+        with moves(server, refused('unknown_peer')):
+            await one.ask(one.offer(B))
+        with moves(server, refused('forged_source')):
+            await one.ask({**one.offer(A), 'source_uuid': str(B)})
+        with moves(server, refused('malformed'), 2):
+            await one.ask('{}')
+            await one.ask({'message_type': 'server_response', **one.response()})
+        async with registered(server, B) as peer:
+            stall(peer)
+            with moves(server, refused('backlog')):
+                await fill_backlog(one, B)
+            peer.websocket.transport.abort()
+
+
+@run_async
+async def test_connections_that_are_ended_are_counted_by_their_reason(monkeypatch, tokens):
+    monkeypatch.setattr(relay, 'REGISTER_TIMEOUT', 0.05)
+    async with running_relay(max_clients=1) as server:
+        with moves(server, refused('never_registered')):
+            async with connected(server) as peer:
+                assert await peer.closed_with() == 1008
+                await until(lambda: not server._websocket_to_client)
+        async with registered(server, A) as peer:
+            with moves(server, refused('full')):
+                async with connected(server) as other:
+                    assert await other.closed_with() == 1013
+            with moves(server, refused('too_large')):
+                await peer.say('x' * (relay.MAX_MESSAGE + 1))
+                assert await peer.closed_with() == 1009
+                await until(lambda: not server._websocket_to_client)
+    async with running_relay(tokens=tokens) as server:
+        with moves(server, refused('unauthorized')):
+            with pytest.raises(InvalidStatus):
+                await open_websocket(server.url)
+
+
+@run_async
+async def test_frames_that_break_the_rules_are_counted_as_malformed():
+    async with running_relay() as server, registered(server, A) as peer:
+        with moves(server, refused('malformed')):
+            # A text frame, masked, that is not UTF-8.
+            peer.websocket.transport.write(b'\x81\x81\0\0\0\0\xff')
+            assert await peer.closed_with() == 1007
+            await until(lambda: not server._websocket_to_client)
+
+
+@run_async
+async def test_messages_that_wait_for_the_rate_are_counted():
+    async with running_relay(rate=100) as server, registered(server, A) as peer:
+        with moves(server, refused('rate_paced'), 0):
+            await peer.ask(peer.registration())
+        # A second's worth, of which a tenth may come at once.
+        for _ in range(20):
+            await peer.ask(peer.registration())
+        assert samples(server)[refused('rate_paced')] > 0
+
+
+@run_async
+async def test_connections_that_answer_no_ping_are_counted():
+    limits = {'ping_interval': 0.05, 'ping_timeout': 0.05, 'close_timeout': 0.05}
+    async with running_relay(**limits) as server, registered(server, A) as peer:
+        with moves(server, 'relay_pings_given_up_total'):
+            stall(peer)
+            await until(lambda: not server._websocket_to_client)
+        peer.websocket.transport.abort()
+
+
+def test_the_process_is_measured_under_the_standard_names():
+    values = samples(RelayServer())
+    assert values['process_cpu_seconds_total'] > 0
+    assert values['process_resident_memory_bytes'] > 2**20
+    assert 3 < values['process_open_fds'] < values['process_max_fds']
+    assert 0 <= time.time() - values['process_start_time_seconds'] < 60
+    assert 0 <= values['relay_uptime_seconds'] < 60
+
+
+@pytest.mark.parametrize('year', [2027, 2063])
+def test_the_end_of_the_certificate_is_told(year, pem, tmp_path):
+    days = (year - time.gmtime().tm_year) * 365
+    subprocess.run(
+        ['openssl', 'req', '-x509', '-new', '-key', pem / 'cert.key', '-subj', '/CN=localhost']
+        + ['-days', str(days), '-out', tmp_path / 'cert.pem'],
+        check=True,
+        capture_output=True,
+    )
+    command = ['openssl', 'x509', '-in', tmp_path / 'cert.pem', '-noout', '-enddate']
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    end = ssl.cert_time_to_seconds(told.strip().partition('=')[2])
+    # The first certificate of the file is the relay's own, whatever stands before it.
+    chain = [pem / 'cert.key', tmp_path / 'cert.pem', pem / 'other.pem']
+    (tmp_path / 'chain.pem').write_text('about us\n' + ''.join(p.read_text() for p in chain))
+    server = RelayServer()
+    assert 'relay_certificate_expiry_timestamp_seconds' not in samples(server)
+    server.expiry = relay.expiry_of(str(tmp_path / 'chain.pem'))
+    assert samples(server)['relay_certificate_expiry_timestamp_seconds'] == end
+
+
+@pytest.fixture(params=['path', 'abstract'])
+def systemd(request, tmp_path, monkeypatch):
+    """A socket that a program is told to notify."""
+    name = f'\0relay-{uuid4()}' if request.param == 'abstract' else str(tmp_path / 'notify')
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name)
+        sock.settimeout(8)
+        monkeypatch.setenv('NOTIFY_SOCKET', name.replace('\0', '@'))
+        yield sock
+
+
+def heard(sock, word):
+    """Return the first notification that holds a word."""
+    while word not in (text := sock.recv(4096).decode()):
+        pass
+    return text
+
+
+def test_systemd_is_told_how_the_relay_is(systemd, monkeypatch):
+    monkeypatch.setenv('WATCHDOG_USEC', '200000')
+    with running_program('--host', '127.0.0.1') as process:
+        heard(systemd, 'READY=1')
+        with socket.create_connection(('127.0.0.1', process.ports[0])):
+            pass
+        began = time.monotonic()
+        for _ in range(3):
+            assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
+        # At half of what it is given, so that none is late.
+        assert time.monotonic() - began >= 0.15
+        process.send_signal(signal.SIGHUP)
+        reloading = heard(systemd, 'RELOADING=1')
+        microseconds = int(re.fullmatch(r'RELOADING=1\nMONOTONIC_USEC=(\d+)', reloading)[1])
+        assert 0 <= time.monotonic() - microseconds / 1e6 < 5
+        heard(systemd, 'READY=1')
+        process.terminate()
+        heard(systemd, 'STOPPING=1')
+
+
+def test_systemd_is_told_that_a_reload_that_failed_is_over(systemd, tokens):
+    with running_program('--token-file', tokens) as process:
+        heard(systemd, 'READY=1')
+        Path(tokens).write_text('nonsense\n')
+        process.send_signal(signal.SIGHUP)
+        heard(systemd, 'RELOADING=1')
+        heard(systemd, 'READY=1')
+
+
+def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
+    monkeypatch.setenv('NOTIFY_SOCKET', str(tmp_path / 'nobody'))
+    with running_program() as process:
+        process.send_signal(signal.SIGHUP)
+        while 'Reloaded' not in (line := process.stdout.readline()):
+            assert line
+
+
+@pytest.mark.parametrize(
+    'seconds, span',
+    [(0, '0:00:00'), (119, '0:01:59'), (41 * 86400 + 7200, '41 days, 2:00:00')],
+)
+@run_async
+async def test_the_status_is_a_line_for_people(seconds, span, monkeypatch):
+    told = []
+    monkeypatch.setattr(relay, 'notify', lambda *states: told.extend(states))
+    server = RelayServer()
+    server.counts['forwarded_messages'] = 3456
+    server.started -= seconds
+    relay.beat(server)
+    assert told[1] == f'STATUS=0 clients, 3,456 messages forwarded, up {span}'
+
+
+def test_the_journal_is_told_the_level_of_each_line_and_no_time():
+    record = logging.LogRecord('relay', logging.ERROR, '', 0, 'one\ntwo', (), None)
+    assert relay._JournalFormatter('%(message)s').format(record) == '<3>one\n<3>two'
+
+
+def test_the_log_is_in_the_form_of_the_journal_where_it_goes_there(tmp_path):
+    log = tmp_path / 'journal'
+    with open(log, 'w') as file:
+        stat = os.fstat(file.fileno())
+        for stream, form in ((f'{stat.st_dev}:{stat.st_ino}', '<4>No --tok'), ('7:7', '[')):
+            command = [sys.executable, HERE / 'relay.py', '--port', '0', '--host', '127.0.0.1']
+            environment = {**os.environ, 'JOURNAL_STREAM': stream}
+            with subprocess.Popen(command, stdout=file, env=environment) as process:
+                with ended_in_time(process):
+                    while 'No --tok' not in log.read_text():
+                        assert process.poll() is None
+                    process.terminate()
+            assert log.read_text().splitlines()[1].startswith(form)
+            file.truncate(0)
+            file.seek(0)
+
+
+# ------------------------------------------------------------------------------- Check
+
+
+async def checks(url):
+    """Return the line that a check ends with."""
+    try:
+        return await relay.check(url)
+    except relay.StartError as error:
+        return f'{error}'
+
+
+@run_async
+async def test_a_check_has_two_clients_meet(tokens):
+    async with running_relay(tokens=tokens) as server:
+        place = server.url[5:]
+        for url in (f'ws://alice:a1@{place}', f'ws://{place}?token=a1'):
+            line = await relay.check(url)
+            assert re.fullmatch(rf'ok: two clients met through ws://{place} in \d+\.\d ms', line)
+        assert not server._uuid_to_client
+
+
+@run_async
+async def test_a_check_tells_how_long_the_certificate_is_valid(pem, monkeypatch):
+    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
+    tls = relay._tls(str(pem / 'cert.pem'), str(pem / 'cert.key'))
+    async with running_relay(tls) as server:
+        assert (await checks(server.url)).endswith(' ms (certificate valid for 2 more days)')
+
+
+@run_async
+async def test_a_check_knows_the_relay_of_each_generation():
+    # As ProxyStore's do: the earlier one passes over what it does not know, the later one closes.
+    async def later(websocket):
+        async for text in websocket:
+            if 'server_' in text:
+                await websocket.close(4000, 'Unknown message type.')
+            elif 'registration' in text:
+                await websocket.send(encode(ServerResponse(message_type='relay_response')))
+                peers.append(websocket)
+            else:
+                await peers[-2 if websocket is peers[-1] else -1].send(text)
+
+    peers = []
+    async with websockets.asyncio.server.serve(later, '127.0.0.1', 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        assert (await checks(f'ws://127.0.0.1:{port}')).startswith('ok: ')
+
+
+@run_async
+async def test_a_check_that_fails_tells_why_and_no_token(tokens, monkeypatch):
+    monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.2)
+    # The kernel takes the connections of this one, and nobody answers them.
+    silent = socket.create_server(('127.0.0.1', 0))
+    nobody = '127.0.0.1:%d' % silent.getsockname()[1]
+    async with running_relay(tokens=tokens, max_clients=1) as server:
+        place = server.url[5:].strip('/')
+        expected = {
+            f'ws://alice:secret@{place}': 'HTTP 401; look at the token',
+            f'ws://alice:a1@{place}': 'closed: received 1013 ',
+            f'wss://alice:secret@{place}': 'cannot connect',
+            f'ws://alice:secret@{nobody}': 'timed out',
+            'ws://alice:secret@nowhere.invalid': 'name not found',
+            'ws://alice:secret@127.0.0.1:1/?token=secret': 'refused; look whether the relay runs',
+            'ws://alice:secret@localhost:1': 'refused; look whether the relay runs',
+            'http://alice:secret@localhost': 'is the address one like wss://',
+            'ws://alice:sec/ret@localhost:1': 'is the address one like wss://',
+            'ws://127.0.0.1:99999': 'is the address one like wss://',
+            '': 'is the address one like wss://',
+        }
+        for url, reason in expected.items():
+            line = await checks(url)
+            assert reason in line and 'secret' not in line and 'ret@' not in line, line
+    silent.close()
+
+
+@run_async
+async def test_a_check_tells_a_certificate_that_is_not_trusted(pem):
+    tls = relay._tls(str(pem / 'cert.pem'), str(pem / 'cert.key'))
+    async with running_relay(tls) as server:
+        assert '; look at --certfile, and at the address' in await checks(server.url)
+        line = await checks(server.url.replace('wss', 'ws'))
+        assert 'whether it is ws:// or wss://' in line
+
+
+@pytest.mark.parametrize(
+    'answers, reason',
+    [
+        (lambda text: 'hello', 'a WebSocket server, but no relay'),
+        (lambda text: encode(ServerResponse(False, 'not today', True)), 'not today; look at'),
+        (
+            lambda text: (
+                encode(ServerResponse())
+                if 'registration' in text
+                else encode(relay.replace(decode(text), error='unknown here'))
+            ),
+            'unknown here; look at the log',
+        ),
+    ],
+    ids=['no relay', 'a refusal', 'no peer'],
+)
+@run_async
+async def test_a_check_tells_what_the_relay_says(answers, reason):
+    async def handler(websocket):
+        async for text in websocket:
+            await websocket.send(answers(text))
+
+    async with websockets.asyncio.server.serve(handler, '127.0.0.1', 0) as listener:
+        line = await checks('ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1])
+    assert reason in line
+
+
+@run_async
+async def test_a_check_tells_a_web_server_that_is_no_relay():
+    def page(websocket, request):
+        return websocket.respond(404, 'no such page')
+
+    async with websockets.asyncio.server.serve(
+        None, '127.0.0.1', 0, process_request=page
+    ) as listener:
+        line = await checks('ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1])
+    assert 'HTTP 404; look at the address: there is no relay' in line
+
+
+def test_a_check_is_one_line_and_a_status():
+    assert fails('--check', 'ws://127.0.0.1:1').startswith('relay.py: ws://127.0.0.1:1: refused')
+    with running_program('--host', '127.0.0.1') as process:
+        command = [sys.executable, HERE / 'relay.py', '--check', process.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
 
 
 # ------------------------------------------------------------------------------- Attacks
