@@ -78,42 +78,27 @@ except ImportError as error:
 __version__ = '0.1.0'
 logger = logging.getLogger('relay')
 
-# Bytes of the longest message: what ProxyStore's own relay takes, and its clients.
-MAX_MESSAGE = 2**20
-# Fragments of one message. websockets has a limit of its own from version 17 on.
-MAX_FRAGMENTS = 4096
-# Bytes that may wait for a peer to read them. When none wait, any message is taken.
-MAX_BACKLOG = 2**20
-# Bytes that the kernel reads ahead of us: a flood is to wait in the flooder's memory.
-RECEIVE_BUFFER = 2**16
-# Messages a second of one client. Peers that connect exchange a dozen.
-RATE = 500
-# A client that was silent may send this many seconds' worth at once.
-BURST = 0.1
-# Files that are not for clients: the log, those that are connecting, those that are refused.
-SPARE_FILES = 64
-# Bytes of pongs that a client leaves unread before it is taken for a flood of pings.
-MAX_PONGS = 2**13
-# Seconds for a displaced connection to answer its close: it may be dead, and the next one waits.
-TAKEOVER_WAIT = 0.5
-# Milliseconds until the kernel ends a connection that takes nothing, pings included.
-STALL_TIMEOUT = 120_000
-# Seconds for a client to register, and for the relay to stop whatever its clients do.
-REGISTER_TIMEOUT, STOP_TIMEOUT = 30, 12
-# Seconds between log lines on what one connection is refused; those in between are counted.
-REFUSAL_INTERVAL = 60
-# Characters of a number in a message, which no field takes and peers may not read; and of a
-# client's text that the log or an answer repeats.
-MAX_DIGITS, MAX_SHOWN = 100, 64
-# What websockets sees to, as its `serve` names it.
-LIMITS: dict[str, Any] = {
+# Limits, each with its reason.
+MAX_MESSAGE = 2**20  # bytes: what ProxyStore's own relay takes, and its clients
+MAX_FRAGMENTS = 4096  # of one message; websockets has a limit of its own from version 17 on
+MAX_BACKLOG = 2**20  # bytes that wait for a peer to read; when none wait, any message is taken
+RECEIVE_BUFFER = 2**16  # bytes the kernel reads ahead: a flood is to wait in the flooder's memory
+RATE = 500  # messages a second of one client; peers that connect exchange a dozen
+BURST = 0.1  # seconds' worth of messages that a client that was silent may send at once
+SPARE_FILES = 64  # not for clients: the log, those that are connecting, those that are refused
+MAX_PONGS = 2**13  # bytes of them left unread before a client is taken for a flood of pings
+TAKEOVER_WAIT = 0.5  # s for a displaced connection to close: it may be dead, and the next waits
+STALL_TIMEOUT = 120_000  # ms until the kernel ends a connection that takes nothing, not a ping
+REGISTER_TIMEOUT = 30  # s for a client to register
+STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
+REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
+MAX_DIGITS = 100  # of a number in a message, which no field takes and peers may not read
+MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
+LIMITS: dict[str, Any] = {  # what websockets sees to, as its `serve` names it
     'max_size': MAX_MESSAGE,
-    # Messages read ahead of the one being dealt with.
-    'max_queue': 1,
-    # For clients that offer it, as ProxyStore's do, it takes 40 KiB each.
-    'compression': None,
-    # Strangers need not know the versions.
-    'server_header': None,
+    'max_queue': 1,  # messages read ahead of the one being dealt with
+    'compression': None,  # where clients offer it, as ProxyStore's do, it takes 40 KiB each
+    'server_header': None,  # strangers need not know the versions
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
     'ping_interval': 30,
     'ping_timeout': 90,
