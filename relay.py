@@ -10,23 +10,18 @@ Each client opens a WebSocket, registers under a UUID, and exchanges session des
 its peers through the relay; their data then flows without it. Clients are the endpoints of
 ProxyStore, every release; browsers; and whatever else opens a WebSocket and writes JSON.
 
-Each message is one JSON object in one text frame. The client speaks first:
+Each message is one JSON object in one text frame. The client sends the first of these, is
+answered by the second before anything else, and from then on sends, and is sent, the third:
 
     {"message_type": "server_registration", "name": "laptop", "uuid": "<its UUID>"}
-
-and is answered, before anything else is sent to it, by
-
     {"success": true, "message": null, "error": false, "message_type": "server_response"}
+    {"message_type": "peer_connection", "source_uuid": "<its UUID>", "source_name": "laptop",
+     "peer_uuid": "<the peer's UUID>", "description_type": "offer", "description": "<SDP>",
+     "error": null}
 
-A `relay_registration` (ProxyStore 0.6 and later) is the same, answered by a `relay_response`.
-From then on the client sends, and is sent,
-
-    {"message_type": "peer_connection",
-     "source_uuid": "<its UUID>", "source_name": "laptop", "peer_uuid": "<the peer's UUID>",
-     "description_type": "offer", "description": "<SDP>", "error": null}
-
-which is forwarded to the peer exactly as it came. The last three fields, of which `error` may be
-left out, are the peers' business; keys that are not named here travel along.
+A `relay_registration` (ProxyStore 0.6 and later) is the same, answered by a `relay_response`. A
+`peer_connection` is forwarded exactly as it came: its last three fields, of which `error` may be
+left out, are the peers' business, and keys that are not named here travel along.
 
 What cannot be forwarded comes back to its sender, with these fields only and `error` saying why:
 the peer is unknown, the peer does not read what is sent to it, or `source_uuid` is not the
@@ -88,7 +83,7 @@ BURST = 0.1  # seconds' worth of messages that a client that was silent may send
 SPARE_FILES = 64  # not for clients: the log, those that are connecting, those that are refused
 MAX_PONGS = 2**13  # bytes of them left unread before a client is taken for a flood of pings
 TAKEOVER_WAIT = 0.5  # s for a displaced connection to close: it may be dead, and the next waits
-STALL_TIMEOUT = 120_000  # ms until the kernel ends a connection that takes nothing, not a ping
+STALL_TIMEOUT = 120_000  # ms until the kernel ends a connection that takes nothing, pings included
 REGISTER_TIMEOUT = 30  # s for a client to register
 STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
 REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
