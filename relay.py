@@ -331,31 +331,24 @@ class RelayServer:
         """Deal with a connection's messages, no faster than the rate and a burst."""
         due = time.monotonic()
         while True:
-            text = await self._next_message(client)
+            # In fragments of a byte each, one message could take 200 MB.
+            parts: list[Any] = []
+            try:
+                async for part in client.websocket.recv_streaming():
+                    if len(parts) == MAX_FRAGMENTS:
+                        self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
+                    if len(parts) <= MAX_FRAGMENTS:
+                        parts.append(part)
+            except AttributeError as error:
+                # So a TLS connection is lost in Python 3.9 and 3.10.
+                raise ConnectionClosed(None, None) from error
             # A client that is being closed may still be heard, but must not act any more.
-            if client.websocket.state is not State.OPEN:
+            if len(parts) > MAX_FRAGMENTS or client.websocket.state is not State.OPEN:
                 continue
-            if text is not None:
-                await self._dispatch(client, text)
+            await self._dispatch(client, ''.join(parts) if isinstance(parts[0], str) else b'')
             if self._rate:
                 due = max(due, time.monotonic() - BURST) + 1 / self._rate
                 await asyncio.sleep(max(0, due - time.monotonic()))
-
-    async def _next_message(self, client: Client) -> str | bytes | None:
-        # In fragments of a byte each, one message could take 200 MB.
-        parts: list[Any] = []
-        try:
-            async for part in client.websocket.recv_streaming():
-                if len(parts) == MAX_FRAGMENTS:
-                    self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
-                if len(parts) <= MAX_FRAGMENTS:
-                    parts.append(part)
-        except AttributeError as error:
-            # So a TLS connection is lost in Python 3.9 and 3.10.
-            raise ConnectionClosed(None, None) from error
-        if len(parts) > MAX_FRAGMENTS:
-            return None
-        return ''.join(parts) if isinstance(parts[0], str) else b''
 
     def _ending(self, client: Client, error: ConnectionClosed) -> str:
         """Return how a connection ended, for the log; log it at once if it was refused."""
