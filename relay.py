@@ -307,8 +307,7 @@ class RelayServer:
             # Not an HTTP error when full: clients end of one, and come back after 1013.
             code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
             self.log_refusal(code, address, reason)
-            await websocket.close(code, reason)
-            return
+            return await websocket.close(code, reason)
         _bound_buffers(websocket)
         client = self._websocket_to_client[websocket] = Client('', None, websocket, user, address)
         deadline = asyncio.get_running_loop().call_later(REGISTER_TIMEOUT, self._expect, client)
@@ -369,8 +368,7 @@ class RelayServer:
         except MessageDecodeError as error:
             if client.uuid is None:
                 client.response_type = error.response_type
-            await self._refuse(client, str(error))
-            return
+            return await self._refuse(client, str(error))
         if isinstance(message, ServerRegistration):
             await self.register(client.websocket, message)
         elif isinstance(message, PeerConnection):
@@ -436,8 +434,7 @@ class RelayServer:
         """Forward a message, in the text it came in, or send it back with an error."""
         client = self._websocket_to_client[websocket]
         if client.uuid is None:
-            await self._refuse(client, 'client has not registered yet')
-            return
+            return await self._refuse(client, 'client has not registered yet')
         reason = self._forward(client, message, text or encode(message))
         if reason is None:
             return
