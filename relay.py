@@ -379,18 +379,14 @@ class RelayServer:
     async def register(self, websocket: ServerConnection, request: ServerRegistration) -> None:
         """Register a client and answer it, displacing whoever holds its UUID."""
         client = self._websocket_to_client[websocket]
+        if client.uuid == request.uuid:
+            return await self.send(websocket, ServerResponse(message_type=client.response_type))
         if client.uuid is not None:
-            if client.uuid == request.uuid:
-                await self.send(websocket, ServerResponse(message_type=client.response_type))
-            else:
-                await self._refuse(
-                    client, f'this connection is already registered as {client.uuid}'
-                )
-            return
+            reason = f'this connection is already registered as {client.uuid}'
+            return await self._refuse(client, reason)
         key = (client.user, request.uuid)
         if key in self._uuid_to_client:
-            closing = self._displace(self._uuid_to_client[key])
-            await asyncio.wait({closing}, timeout=TAKEOVER_WAIT)
+            await asyncio.wait({self._displace(self._uuid_to_client[key])}, timeout=TAKEOVER_WAIT)
         # From here without an `await`: nothing may be forwarded to the client before its answer,
         # and whoever has taken the UUID meanwhile is displaced as well.
         if websocket.state is not State.OPEN:
