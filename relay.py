@@ -419,10 +419,9 @@ class RelayServer:
 
     def _remove(self, client: Client, reason: str) -> None:
         # The UUID may never have been this connection's, or have become another's.
-        if self._uuid_to_client.get((client.user, client.uuid)) is not client:
-            return
-        del self._uuid_to_client[client.user, client.uuid]
-        logger.info('Unregistered %s: %s', client, reason)
+        if self._uuid_to_client.get((client.user, client.uuid)) is client:
+            del self._uuid_to_client[client.user, client.uuid]
+            logger.info('Unregistered %s: %s', client, reason)
 
     async def connect(
         self, websocket: ServerConnection, message: PeerConnection, text: str = ''
