@@ -55,7 +55,8 @@ import ssl
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable
+from functools import partial
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
@@ -684,32 +685,30 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: {message}\n')
 
 
-def _from(least: int, most: float = float('inf')) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if text.isdecimal() and least <= int(text) <= most:
-            return int(text)
-        limit = f'{least} or more' if most == float('inf') else f'{least} to {most}'
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
-
-    return number
+def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
+    if text.isdecimal() and least <= int(text) <= most:
+        return int(text)
+    limit = f'{least} or more' if most == float('inf') else f'{least} to {most}'
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser('relay.py', description=(__doc__ or '').partition('\n')[0])
     add = parser.add_argument
+    port, positive = partial(_number_of, most=65535), partial(_number_of, least=1)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
-    add('--port', default=8765, type=_from(0, 65535), help='port, 0 for any free (%(default)s)')
+    add('--port', default=8765, type=port, help='port, 0 for any free (%(default)s)')
     add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')
     add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
     add('--token-file', metavar='PATH', help='lines user:token, for who may connect (anybody)')
     add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
-    add('--max-clients', type=_from(1), metavar='N', help='at once (the open-file limit less 64)')
+    add('--max-clients', type=positive, metavar='N', help='at once (the open-file limit less 64)')
     size = 'bytes of the longest message (%(default)s)'
     rate = 'messages a second of each client, 0 for any (%(default)s)'
     pings = 'between pings, 0 for none (%(default)s)'
-    add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help=size)
-    add('--rate', default=RATE, type=_from(0), metavar='N', help=rate)
-    add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help=pings)
+    add('--max-message', default=MAX_MESSAGE, type=positive, metavar='BYTES', help=size)
+    add('--rate', default=RATE, type=_number_of, metavar='N', help=rate)
+    add('--ping-interval', default=30, type=_number_of, metavar='SECONDS', help=pings)
     add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
     add('--version', action='version', version=f'relay.py {__version__}')
