@@ -242,6 +242,8 @@ def shown(text: str) -> str:
 
 # ------------------------------------------------------------------------------- Relay
 
+WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
+UNWELCOME = 'This relay asks for a token.\n'
 # What ProxyStore's relay says, and its endpoints show to their users.
 DISPLACED = 'Relay received a registration with the same ID. '
 DISPLACED += 'This might mean that the endpoint is running in multiple locations.'
@@ -530,10 +532,6 @@ def _bound_buffers(websocket: ServerConnection) -> None:
 
 class StartError(Exception):
     """Raised when the relay cannot start: one line that tells the operator what to mend."""
-
-
-WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
-UNWELCOME = 'This relay asks for a token.\n'
 
 
 def read_tokens(path: str) -> dict[bytes, str]:
