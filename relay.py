@@ -677,12 +677,6 @@ LOG_FORMAT = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)
 LOG_DATE = '%Y-%m-%d %H:%M:%S'
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Say what is wrong in one line, without the usage."""
-        self.exit(2, f'{self.prog}: {message}\n')
-
-
 def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
     if text.isdecimal() and least <= int(text) <= most:
         return int(text)
@@ -691,7 +685,9 @@ def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser('relay.py', description=(__doc__ or '').partition('\n')[0])
+    # Without a usage, an error is one line.
+    about = (__doc__ or '').partition('\n')[0]
+    parser = argparse.ArgumentParser('relay.py', usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
     port, positive = partial(_number_of, most=65535), partial(_number_of, least=1)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
