@@ -286,8 +286,7 @@ class RelayServer:
         self._uuid_to_client: dict[tuple[str, UUID | None], Client] = {}
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
-        # The loop holds no reference to its tasks.
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()  # the loop holds no reference to its tasks
 
     def process_request(self, websocket: ServerConnection, request: Request) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
@@ -333,16 +332,14 @@ class RelayServer:
         """Deal with a connection's messages, no faster than the rate and a burst."""
         due = time.monotonic()
         while True:
-            # In fragments of a byte each, one message could take 200 MB.
-            parts: list[Any] = []
+            parts: list[Any] = []  # in fragments of a byte each, one message could take 200 MB
             try:
                 async for part in client.websocket.recv_streaming():
                     if len(parts) == MAX_FRAGMENTS:
                         self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
                     if len(parts) <= MAX_FRAGMENTS:
                         parts.append(part)
-            except AttributeError as error:
-                # So a TLS connection is lost in Python 3.9 and 3.10.
+            except AttributeError as error:  # so a TLS connection is lost in Python 3.9 and 3.10
                 raise ConnectionClosed(None, None) from error
             # A client that is being closed may still be heard, but must not act any more.
             if len(parts) > MAX_FRAGMENTS or client.websocket.state is not State.OPEN:
@@ -454,8 +451,7 @@ class RelayServer:
             return 'this peer is unknown'
         try:
             backlog = peer.websocket.transport.get_write_buffer_size()
-        except AttributeError:
-            # So a TLS connection is lost in Python 3.9 and 3.10.
+        except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
             return 'this peer is unknown'
         if backlog and backlog + len(text.encode()) > MAX_BACKLOG:
             return 'this peer does not read what is sent to it'
@@ -723,8 +719,7 @@ def _log_to(log_dir: str | None, level: str) -> None:
     except OSError as error:
         raise StartError(f'cannot log to {path}: {error.strerror}') from error
     logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_DATE, level=level, handlers=handlers)
-    # A full disk must not have each line explained on standard error.
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # a full disk is not to have each line explained on stderr
     # websockets logs session descriptions at DEBUG and, up to version 15, an ERROR for each port
     # scan; asyncio has a WARNING for each pong to a lost connection. Defects are for the handler.
     logging.getLogger('websockets').setLevel(logging.CRITICAL)
@@ -734,8 +729,7 @@ def _log_to(log_dir: str | None, level: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the relay; return the exit status."""
     options = _options(argv)
-    # Until it means a reload, it must not end the program.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it means a reload, it must not end us
     try:
         _log_to(options.log_dir, options.log_level)
         # 1,024 open files are a relay's first end. (Some systems refuse to give all they have.)
