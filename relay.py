@@ -540,8 +540,7 @@ def read_tokens(path: str) -> dict[bytes, str]:
             # A token may hold a #, which begins a comment only after a space.
             lines = [f' {line}'.partition(' #')[0].strip() for line in file]
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise StartError(f'cannot read {path}: {reason}') from error
+        raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
     for number, line in enumerate(lines, 1):
         user, _, token = line.partition(':')
         if line and not (user and token and line.isprintable() and ' ' not in line):
@@ -656,11 +655,10 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
             # For a password it would ask on the terminal.
             context.load_cert_chain(certfile, keyfile, password=str)
     except ssl.SSLError as error:
+        fault = f'{path}: no {content} in PEM format ({error.reason or error})'
         if error.reason == 'KEY_VALUES_MISMATCH':
-            raise StartError(f'the key in {path} is not that of {certfile}') from error
-        raise StartError(
-            f'{path}: no {content} in PEM format ({error.reason or error})'
-        ) from error
+            fault = f'the key in {path} is not that of {certfile}'
+        raise StartError(fault) from error
     except OSError as error:
         raise StartError(f'cannot read {path}: {error.strerror}') from error
     return context
