@@ -599,8 +599,7 @@ async def serve(
     await stop.wait()
     server.close()
     # A client that neither reads nor closes must not hold up the end.
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(server.wait_closed(), STOP_TIMEOUT)
+    await asyncio.wait({asyncio.ensure_future(server.wait_closed())}, timeout=STOP_TIMEOUT)
     logger.info('Server closed')
 
 
