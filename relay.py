@@ -10,23 +10,18 @@ Each client opens a WebSocket, registers under a UUID, and exchanges session des
 its peers through the relay; their data then flows without it. Clients are the endpoints of
 ProxyStore, every release; browsers; and whatever else opens a WebSocket and writes JSON.
 
-Each message is one JSON object in one text frame. The client speaks first:
+Each message is one JSON object in one text frame. The client sends the first of these, is
+answered by the second before anything else, and from then on sends, and is sent, the third:
 
     {"message_type": "server_registration", "name": "laptop", "uuid": "<its UUID>"}
-
-and is answered, before anything else is sent to it, by
-
     {"success": true, "message": null, "error": false, "message_type": "server_response"}
+    {"message_type": "peer_connection", "source_uuid": "<its UUID>", "source_name": "laptop",
+     "peer_uuid": "<the peer's UUID>", "description_type": "offer", "description": "<SDP>",
+     "error": null}
 
-A `relay_registration` (ProxyStore 0.6 and later) is the same, answered by a `relay_response`.
-From then on the client sends, and is sent,
-
-    {"message_type": "peer_connection",
-     "source_uuid": "<its UUID>", "source_name": "laptop", "peer_uuid": "<the peer's UUID>",
-     "description_type": "offer", "description": "<SDP>", "error": null}
-
-which is forwarded to the peer exactly as it came. The last three fields, of which `error` may be
-left out, are the peers' business; keys that are not named here travel along.
+A `relay_registration` (ProxyStore 0.6 and later) is the same, answered by a `relay_response`. A
+`peer_connection` is forwarded exactly as it came: its last three fields, of which `error` may be
+left out, are the peers' business, and keys that are not named here travel along.
 
 What cannot be forwarded comes back to its sender, with these fields only and `error` saying why:
 the peer is unknown, the peer does not read what is sent to it, or `source_uuid` is not the
@@ -64,7 +59,8 @@ import ssl
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable
+from functools import partial
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
@@ -83,44 +79,28 @@ except ImportError as error:
 __version__ = '0.1.0'
 logger = logging.getLogger('relay')
 
-# Bytes of the longest message: what ProxyStore's own relay takes, and its clients.
-MAX_MESSAGE = 2**20
-# Fragments of one message. websockets has a limit of its own from version 17 on.
-MAX_FRAGMENTS = 4096
-# Bytes that may wait for a peer to read them. When none wait, any message is taken.
-MAX_BACKLOG = 2**20
-# Bytes that the kernel reads ahead of us: a flood is to wait in the flooder's memory.
-RECEIVE_BUFFER = 2**16
-# Messages a second of one client. Peers that connect exchange a dozen.
-RATE = 500
-# A client that was silent may send this many seconds' worth at once.
-BURST = 0.1
-# Files that are not for clients: the log, those that are connecting, those that are refused.
-SPARE_FILES = 64
-# Bytes of pongs that a client leaves unread before it is taken for a flood of pings.
-MAX_PONGS = 2**13
-# Seconds for a displaced connection to answer its close: it may be dead, and the next one waits.
-TAKEOVER_WAIT = 0.5
-# Milliseconds until the kernel ends a connection that takes nothing, pings included.
-STALL_TIMEOUT = 120_000
-# Seconds for a client to register, and for the relay to stop whatever its clients do.
-REGISTER_TIMEOUT, STOP_TIMEOUT = 30, 12
-# Seconds until a check has failed.
-CHECK_TIMEOUT = 10
-# Seconds between log lines on what one connection is refused; those in between are counted.
-REFUSAL_INTERVAL = 60
-# Characters of a number in a message, which no field takes and peers may not read; and of a
-# client's text that the log or an answer repeats.
-MAX_DIGITS, MAX_SHOWN = 100, 64
-# What websockets sees to, as its `serve` names it.
-LIMITS: dict[str, Any] = {
+# Limits, each with its reason.
+MAX_MESSAGE = 2**20  # bytes: what ProxyStore's own relay takes, and its clients
+MAX_FRAGMENTS = 4096  # of one message; websockets has a limit of its own from version 17 on
+MAX_BACKLOG = 2**20  # bytes that wait for a peer to read; when none wait, any message is taken
+RECEIVE_BUFFER = 2**16  # bytes the kernel reads ahead: a flood is to wait in the flooder's memory
+RATE = 500  # messages a second of one client; peers that connect exchange a dozen
+BURST = 0.1  # seconds' worth of messages that a client that was silent may send at once
+SPARE_FILES = 64  # not for clients: the log, those that are connecting, those that are refused
+MAX_PONGS = 2**13  # bytes of them left unread before a client is taken for a flood of pings
+TAKEOVER_WAIT = 0.5  # s for a displaced connection to close: it may be dead, and the next waits
+STALL_TIMEOUT = 120_000  # ms until the kernel ends a connection that takes nothing, pings included
+REGISTER_TIMEOUT = 30  # s for a client to register
+STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
+CHECK_TIMEOUT = 10  # s until a check has failed
+REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
+MAX_DIGITS = 100  # of a number in a message, which no field takes and peers may not read
+MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
+LIMITS: dict[str, Any] = {  # what websockets sees to, as its `serve` names it
     'max_size': MAX_MESSAGE,
-    # Messages read ahead of the one being dealt with.
-    'max_queue': 1,
-    # For clients that offer it, as ProxyStore's do, it takes 40 KiB each.
-    'compression': None,
-    # Strangers need not know the versions.
-    'server_header': None,
+    'max_queue': 1,  # messages read ahead of the one being dealt with
+    'compression': None,  # where clients offer it, as ProxyStore's do, it takes 40 KiB each
+    'server_header': None,  # strangers need not know the versions
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
     'ping_interval': 30,
     'ping_timeout': 90,
@@ -268,6 +248,8 @@ def shown(text: str) -> str:
 
 # ------------------------------------------------------------------------------- Relay
 
+WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
+UNWELCOME = 'This relay asks for a token.\n'
 # Why a message is not forwarded, by the name under which it is counted.
 UNFORWARDED = {
     'unknown_peer': 'this peer is unknown',
@@ -321,8 +303,7 @@ class RelayServer:
         self.refusals = dict.fromkeys(REFUSALS, 0)
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
-        # The loop holds no reference to its tasks.
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()  # the loop holds no reference to its tasks
 
     def process_request(self, websocket: ServerConnection, request: Request) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
@@ -349,8 +330,7 @@ class RelayServer:
             # Not an HTTP error when full: clients end of one, and come back after 1013.
             code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
             self.log_refusal('unauthorized' if user is None else 'full', code, address, reason)
-            await websocket.close(code, reason)
-            return
+            return await websocket.close(code, reason)
         _bound_buffers(websocket)
         client = self._websocket_to_client[websocket] = Client('', None, websocket, user, address)
         deadline = asyncio.get_running_loop().call_later(REGISTER_TIMEOUT, self._expect, client)
@@ -373,32 +353,23 @@ class RelayServer:
         """Deal with a connection's messages, no faster than the rate and a burst."""
         due = 0.0
         while True:
-            text = await self._next_message(client)
+            parts: list[Any] = []  # in fragments of a byte each, one message could take 200 MB
+            try:
+                async for part in client.websocket.recv_streaming():
+                    if len(parts) == MAX_FRAGMENTS:
+                        self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
+                    if len(parts) <= MAX_FRAGMENTS:
+                        parts.append(part)
+            except AttributeError as error:  # so a TLS connection is lost in Python 3.9 and 3.10
+                raise ConnectionClosed(None, None) from error
             # A client that is being closed may still be heard, but must not act any more.
-            if client.websocket.state is not State.OPEN:
+            if len(parts) > MAX_FRAGMENTS or client.websocket.state is not State.OPEN:
                 continue
-            if text is not None:
-                await self._dispatch(client, text)
+            await self._dispatch(client, ''.join(parts) if isinstance(parts[0], str) else b'')
             if self._rate:
                 due = max(due, time.monotonic() - BURST) + 1 / self._rate
                 self.refusals['rate_paced'] += due > time.monotonic()
                 await asyncio.sleep(max(0, due - time.monotonic()))
-
-    async def _next_message(self, client: Client) -> str | bytes | None:
-        # In fragments of a byte each, one message could take 200 MB.
-        parts: list[Any] = []
-        try:
-            async for part in client.websocket.recv_streaming():
-                if len(parts) == MAX_FRAGMENTS:
-                    self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
-                if len(parts) <= MAX_FRAGMENTS:
-                    parts.append(part)
-        except AttributeError as error:
-            # So a TLS connection is lost in Python 3.9 and 3.10.
-            raise ConnectionClosed(None, None) from error
-        if len(parts) > MAX_FRAGMENTS:
-            return None
-        return ''.join(parts) if isinstance(parts[0], str) else b''
 
     def _ending(self, client: Client, error: ConnectionClosed) -> str:
         """Return how a connection ended, for the log; log it at once if it was refused."""
@@ -426,8 +397,7 @@ class RelayServer:
         except MessageDecodeError as error:
             if client.uuid is None:
                 client.response_type = error.response_type
-            await self._refuse(client, str(error))
-            return
+            return await self._refuse(client, str(error))
         if isinstance(message, ServerRegistration):
             await self.register(client.websocket, message)
         elif isinstance(message, PeerConnection):
@@ -438,18 +408,14 @@ class RelayServer:
     async def register(self, websocket: ServerConnection, request: ServerRegistration) -> None:
         """Register a client and answer it, displacing whoever holds its UUID."""
         client = self._websocket_to_client[websocket]
+        if client.uuid == request.uuid:
+            return await self.send(websocket, ServerResponse(message_type=client.response_type))
         if client.uuid is not None:
-            if client.uuid == request.uuid:
-                await self.send(websocket, ServerResponse(message_type=client.response_type))
-            else:
-                await self._refuse(
-                    client, f'this connection is already registered as {client.uuid}'
-                )
-            return
+            reason = f'this connection is already registered as {client.uuid}'
+            return await self._refuse(client, reason)
         key = (client.user, request.uuid)
         if key in self._uuid_to_client:
-            closing = self._displace(self._uuid_to_client[key])
-            await asyncio.wait({closing}, timeout=TAKEOVER_WAIT)
+            await asyncio.wait({self._displace(self._uuid_to_client[key])}, timeout=TAKEOVER_WAIT)
         # From here without an `await`: nothing may be forwarded to the client before its answer,
         # and whoever has taken the UUID meanwhile is displaced as well.
         if websocket.state is not State.OPEN:
@@ -484,10 +450,9 @@ class RelayServer:
 
     def _remove(self, client: Client, reason: str) -> None:
         # The UUID may never have been this connection's, or have become another's.
-        if self._uuid_to_client.get((client.user, client.uuid)) is not client:
-            return
-        del self._uuid_to_client[client.user, client.uuid]
-        logger.info('Unregistered %s: %s', client, reason)
+        if self._uuid_to_client.get((client.user, client.uuid)) is client:
+            del self._uuid_to_client[client.user, client.uuid]
+            logger.info('Unregistered %s: %s', client, reason)
 
     async def connect(
         self, websocket: ServerConnection, message: PeerConnection, text: str = ''
@@ -495,8 +460,7 @@ class RelayServer:
         """Forward a message, in the text it came in, or send it back with an error."""
         client = self._websocket_to_client[websocket]
         if client.uuid is None:
-            await self._refuse(client, 'client has not registered yet')
-            return
+            return await self._refuse(client, 'client has not registered yet')
         kind = self._forward(client, message, text or encode(message))
         if kind is None:
             return
@@ -519,8 +483,7 @@ class RelayServer:
             return 'unknown_peer'
         try:
             backlog = peer.websocket.transport.get_write_buffer_size()
-        except AttributeError:
-            # So a TLS connection is lost in Python 3.9 and 3.10.
+        except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
             return 'unknown_peer'
         size = len(text.encode())
         if backlog and backlog + size > MAX_BACKLOG:
@@ -607,10 +570,6 @@ class StartError(Exception):
     """Raised when the relay cannot start: one line that tells the operator what to mend."""
 
 
-WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
-UNWELCOME = 'This relay asks for a token.\n'
-
-
 def read_tokens(path: str) -> dict[bytes, str]:
     """Return the tokens in a file: a line `user:token` each, comments after `#`, nothing else."""
     tokens: dict[bytes, str] = {}
@@ -621,8 +580,7 @@ def read_tokens(path: str) -> dict[bytes, str]:
             # A token may hold a #, which begins a comment only after a space.
             lines = [f' {line}'.partition(' #')[0].strip() for line in file]
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise StartError(f'cannot read {path}: {reason}') from error
+        raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
     for number, line in enumerate(lines, 1):
         user, _, token = line.partition(':')
         if line and not (user and token and line.isprintable() and ' ' not in line):
@@ -777,9 +735,8 @@ async def serve(
     for server in servers:
         server.close()
     # A client that neither reads nor closes must not hold up the end.
-    with contextlib.suppress(asyncio.TimeoutError):
-        closed = asyncio.gather(*(server.wait_closed() for server in servers))
-        await asyncio.wait_for(closed, STOP_TIMEOUT)
+    closed = asyncio.gather(*(server.wait_closed() for server in servers))
+    await asyncio.wait({closed}, timeout=STOP_TIMEOUT)
     logger.info('Server closed')
 
 
@@ -834,11 +791,10 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
             # For a password it would ask on the terminal.
             context.load_cert_chain(certfile, keyfile, password=str)
     except ssl.SSLError as error:
+        fault = f'{path}: no {content} in PEM format ({error.reason or error})'
         if error.reason == 'KEY_VALUES_MISMATCH':
-            raise StartError(f'the key in {path} is not that of {certfile}') from error
-        raise StartError(
-            f'{path}: no {content} in PEM format ({error.reason or error})'
-        ) from error
+            fault = f'the key in {path} is not that of {certfile}'
+        raise StartError(fault) from error
     except OSError as error:
         raise StartError(f'cannot read {path}: {error.strerror}') from error
     return context
@@ -928,41 +884,33 @@ LOG_FORMAT = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)
 LOG_DATE = '%Y-%m-%d %H:%M:%S'
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Say what is wrong in one line, without the usage."""
-        self.exit(2, f'{self.prog}: {message}\n')
-
-
-def _from(least: int, most: float = float('inf')) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if text.isdecimal() and least <= int(text) <= most:
-            return int(text)
-        limit = f'{least} or more' if most == float('inf') else f'{least} to {most}'
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
-
-    return number
+def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
+    if text.isdecimal() and least <= int(text) <= most:
+        return int(text)
+    limit = f'{least} or more' if most == float('inf') else f'{least} to {most}'
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser('relay.py', description=(__doc__ or '').partition('\n')[0])
+    # Without a usage, an error is one line.
+    about = (__doc__ or '').partition('\n')[0]
+    parser = argparse.ArgumentParser('relay.py', usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
+    port, positive = partial(_number_of, most=65535), partial(_number_of, least=1)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
-    add('--port', default=8765, type=_from(0, 65535), help='port, 0 for any free (%(default)s)')
+    add('--port', default=8765, type=port, help='port, 0 for any free (%(default)s)')
     add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')
     add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
     add('--token-file', metavar='PATH', help='lines user:token, for who may connect (anybody)')
     add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
-    add('--max-clients', type=_from(1), metavar='N', help='at once (the open-file limit less 64)')
+    add('--max-clients', type=positive, metavar='N', help='at once (the open-file limit less 64)')
     size = 'bytes of the longest message (%(default)s)'
     rate = 'messages a second of each client, 0 for any (%(default)s)'
     pings = 'between pings, 0 for none (%(default)s)'
-    add('--max-message', default=MAX_MESSAGE, type=_from(1), metavar='BYTES', help=size)
-    add('--rate', default=RATE, type=_from(0), metavar='N', help=rate)
-    add('--ping-interval', default=30, type=_from(0), metavar='SECONDS', help=pings)
-    add(
-        '--metrics-port', type=_from(0, 65535), metavar='PORT', help='for Prometheus, on 127.0.0.1'
-    )
+    add('--max-message', default=MAX_MESSAGE, type=positive, metavar='BYTES', help=size)
+    add('--rate', default=RATE, type=_number_of, metavar='N', help=rate)
+    add('--ping-interval', default=30, type=_number_of, metavar='SECONDS', help=pings)
+    add('--metrics-port', type=port, metavar='PORT', help='for Prometheus, on 127.0.0.1')
     add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
     add('--check', metavar='URL', help='see whether two clients meet through the relay at a URL')
@@ -987,8 +935,7 @@ def _log_to(log_dir: str | None, level: str) -> None:
     except OSError as error:
         raise StartError(f'cannot log to {path}: {error.strerror}') from error
     logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_DATE, level=level, handlers=handlers)
-    # A full disk must not have each line explained on standard error.
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # a full disk is not to have each line explained on stderr
     # websockets logs session descriptions at DEBUG and, up to version 15, an ERROR for each port
     # scan; asyncio has a WARNING for each pong to a lost connection. Defects are for the handler.
     logging.getLogger('websockets').setLevel(logging.CRITICAL)
@@ -998,8 +945,7 @@ def _log_to(log_dir: str | None, level: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the relay; return the exit status."""
     options = _options(argv)
-    # Until it means a reload, it must not end the program.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it means a reload, it must not end us
     try:
         if options.check is not None:
             # One line is what it prints, whatever asyncio has to say.
