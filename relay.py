@@ -94,7 +94,7 @@ REGISTER_TIMEOUT = 30  # s for a client to register
 STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
 CHECK_TIMEOUT = 10  # s until a check has failed
 REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
-MAX_DIGITS = 100  # of a number in a message, which no field takes and peers may not read
+MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
 MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
 LIMITS: dict[str, Any] = {  # what websockets sees to, as its `serve` names it
     'max_size': MAX_MESSAGE,
@@ -211,7 +211,6 @@ def decode(text: str | bytes) -> Message:
 
 
 def _value(data: dict[str, Any], name: str, annotation: Any, default: Any) -> Any:
-    """Return a field's value, checked against its annotation."""
     value = data.get(name, default)
     types, expected = FIELD_TYPES[annotation]
     if not isinstance(value, types):
@@ -779,7 +778,6 @@ async def _listen(
 
 
 def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
-    """Return a TLS context for a certificate and its key."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     path, content = certfile, 'certificate'
