@@ -730,6 +730,10 @@ async def serve(
         beat(relay)
     notify('READY=1')
     await stop.wait()
+    await _stop(servers)
+
+
+async def _stop(servers: list[Server]) -> None:
     notify('STOPPING=1')
     for server in servers:
         server.close()
