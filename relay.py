@@ -805,12 +805,12 @@ def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
 # ------------------------------------------------------------------------------- Check
 
 # What a check may fail with, the first that fits, and where to look.
-FAILURES: dict[type[Exception], str] = {
+FAILURES: dict[Any, str] = {
     StartError: '{0}; look at the log of the relay',
     MessageDecodeError: 'a WebSocket server, but no relay; look at the address',
     ConnectionClosed: 'closed: {0}; look at the log of the relay',
     InvalidStatus: 'HTTP {0.response.status_code}; look at the address: there is no relay',
-    InvalidHandshake: 'no relay answers; look at the port, and whether it is ws:// or wss://',
+    (InvalidHandshake, EOFError): 'no relay; look at the port, and whether it is ws:// or wss://',
     asyncio.TimeoutError: f'timed out after {CHECK_TIMEOUT} s; look at the firewall',
     socket.gaierror: 'name not found; look at the address',
     ssl.SSLCertVerificationError: '{0.verify_message}; look at --certfile, and at the address',
