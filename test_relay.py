@@ -1916,7 +1916,7 @@ async def test_a_check_has_two_clients_meet(tokens):
         for url in (f'ws://alice:a1@{place}', f'ws://{place}?token=a1'):
             line = await relay.check(url)
             assert re.fullmatch(rf'ok: two clients met through ws://{place} in \d+\.\d ms', line)
-        assert not server._uuid_to_client
+        await until(lambda: not server._uuid_to_client)
 
 
 @run_async
