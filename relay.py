@@ -825,7 +825,9 @@ async def check(url: str) -> str:
     The relay may be one of ProxyStore's. Raises StartError with what failed and where to look.
     Neither tells the token.
     """
-    place = re.sub('//.*@', '//', url).partition('?')[0]
+    # A token may hold an @, a ? and, by mistake, the end of a line.
+    place = re.split('[?&]token=', ''.join(url.split()))[0]
+    place = re.sub('//.*@', '//', place).partition('?')[0]
     try:
         try:
             meeting = await asyncio.wait_for(_meet(url, 'server'), CHECK_TIMEOUT)
@@ -839,7 +841,10 @@ async def check(url: str) -> str:
         # One of several, where a name has several addresses.
         if f'[Errno {errno.ECONNREFUSED}]' in str(error):
             reason = 'refused; look whether the relay runs, and at the port'
-        raise StartError(f'{place}: {reason.format(error)}') from error
+        if reason is FAILURES[Exception]:
+            place = '--check'  # what is no address may be a token
+        # What the relay says may have lines, and codes for a terminal.
+        raise StartError(f'{place}: {ascii(reason.format(error))[1:-1]}') from error
     return f'ok: two clients met through {place} {meeting}'
 
 
