@@ -849,9 +849,11 @@ async def check(url: str) -> str:
 
 
 async def _meet(url: str, generation: str) -> str:
-    from websockets.asyncio.client import connect as dial
+    from websockets.asyncio.client import connect
 
-    async with dial(url, open_timeout=None) as one, dial(url, open_timeout=None) as other:
+    # What does not answer may not answer a close either.
+    dial = partial(connect, url, open_timeout=None, close_timeout=CHECK_TIMEOUT / 10)
+    async with dial() as one, dial() as other:
         uuids = {one: uuid4(), other: uuid4()}
         for websocket, uuid in uuids.items():
             request = ServerRegistration('check', uuid, f'{generation}_registration')

@@ -2015,6 +2015,22 @@ async def test_a_check_tells_what_the_relay_says(answers, reason):
 
 
 @run_async
+async def test_a_check_of_what_never_answers_ends_in_time(monkeypatch):
+    async def handler(websocket):
+        websocket.transport.pause_reading()
+        await release.wait()
+        websocket.transport.abort()
+
+    monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.5)
+    release = asyncio.Event()
+    async with websockets.asyncio.server.serve(handler, '127.0.0.1', 0) as listener:
+        began = time.monotonic()
+        line = await checks('ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1])
+        release.set()
+    assert 'timed out' in line and time.monotonic() - began < 2
+
+
+@run_async
 async def test_a_check_tells_a_web_server_that_is_no_relay():
     def page(websocket, request):
         return websocket.respond(404, 'no such page')
