@@ -972,8 +972,8 @@ def main(argv: list[str] | None = None) -> int:
         limits['origins'] = options.allow_origin and [*options.allow_origin, None]
         where = options.host, options.port, options.certfile, options.keyfile
         asyncio.run(serve(*where, relay=relay, metrics_port=options.metrics_port, **limits))
-    except StartError as error:
-        print(f'relay.py: {error}', file=sys.stderr)
+    except (StartError, KeyboardInterrupt) as error:
+        print(f'relay.py: {str(error) or "interrupted"}', file=sys.stderr)
         return 1
     return 0
 

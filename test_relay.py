@@ -2050,6 +2050,17 @@ def test_a_check_is_one_line_and_a_status():
     assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
 
 
+def test_a_check_that_is_interrupted_is_one_line():
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        url = 'ws://127.0.0.1:%d' % silent.getsockname()[1]
+        command = [sys.executable, HERE / 'relay.py', '--check', url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            with ended_in_time(process), silent.accept()[0]:
+                process.send_signal(signal.SIGINT)
+                assert process.stderr.read() == 'relay.py: interrupted\n'
+    assert process.returncode == 1
+
+
 # ------------------------------------------------------------------------------- Attacks
 
 PROBES = {
