@@ -321,6 +321,13 @@ class RelayServer:
         response.headers[header[0]] = header[1]
         return response
 
+    def process_response(self, websocket: ServerConnection, request: Request, answer: Any) -> None:
+        """Count a web page from an origin that is not allowed, as websockets has found."""
+        if answer.status_code == 403:
+            address = address_of(websocket.remote_address)
+            reason = f'no page of {shown(request.headers.get("Origin", ""))} may connect'
+            self.log_refusal('unauthorized', 403, address, reason)
+
     async def handler(self, websocket: ServerConnection) -> None:
         """Serve a connection until it ends."""
         address = address_of(websocket.remote_address)
@@ -771,6 +778,7 @@ async def _listen(
     relay: RelayServer, host: str, port: int, tls: ssl.SSLContext | None = None, **limits: Any
 ) -> Server:
     defaults = {'create_connection': _Connection, 'process_request': relay.process_request}
+    defaults['process_response'] = relay.process_response
     limits = {**LIMITS, **defaults, **limits}
     limits.update(ssl=tls, ssl_handshake_timeout=tls and limits.get('open_timeout', 10))
     try:

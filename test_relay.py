@@ -1522,15 +1522,16 @@ async def test_any_path_opens_a_websocket():
     [(None, True), ('https://ours.example', True), ('https://theirs.example', False)],
 )
 @run_async
-async def test_web_pages_connect_from_the_origins_that_are_allowed(origin, welcome):
+async def test_web_pages_connect_from_the_origins_that_are_allowed(origin, welcome, caplog):
     async with running_relay(origins=['https://ours.example', None]) as server:
         if welcome:
             async with registered(server, A, origin=origin):
                 assert holder(server, A)
         else:
-            with pytest.raises(InvalidStatus) as caught:
+            with pytest.raises(InvalidStatus) as caught, moves(server, refused('unauthorized')):
                 await open_websocket(server.url, origin=origin)
             assert caught.value.response.status_code == 403
+            assert f": no page of '{origin}' may connect (1 times" in caplog.text
 
 
 def test_the_limits_are_options(monkeypatch):
