@@ -745,8 +745,8 @@ async def _stop(servers: list[Server]) -> None:
     for server in servers:
         server.close()
     # A client that neither reads nor closes must not hold up the end.
-    closed = asyncio.gather(*(server.wait_closed() for server in servers))
-    await asyncio.wait({closed}, timeout=STOP_TIMEOUT)
+    closed = [asyncio.ensure_future(server.wait_closed()) for server in servers]
+    await asyncio.wait(closed, timeout=STOP_TIMEOUT)
     logger.info('Server closed')
 
 

@@ -920,6 +920,26 @@ async def test_a_client_that_neither_reads_nor_closes_does_not_hold_up_the_end(
             peer.websocket.transport.abort()
 
 
+@run_async
+async def test_an_end_that_does_not_wait_for_clients_is_no_error():
+    # The program, but for how long it waits.
+    program = """
+import relay
+relay.STOP_TIMEOUT = 0.1
+relay.main(['--host', '127.0.0.1', '--port', '0', '--log-level', 'info'])
+"""
+    command = [sys.executable, '-c', program]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        with ended_in_time(process):
+            port = re.search(r':(\d+)$', process.stdout.readline())[1]
+            async with registered(SimpleNamespace(url=f'ws://127.0.0.1:{port}'), A) as peer:
+                stall(peer)
+                process.terminate()
+                log = process.stdout.read()
+                peer.websocket.transport.abort()
+    assert 'Server closed' in log and 'Traceback' not in log, log
+
+
 def test_the_program_listens_on_every_address_of_its_host():
     with running_program('--host', 'localhost', '--log-level', 'debug') as process:
         assert process.ports[0] > 0
