@@ -1844,6 +1844,15 @@ async def test_the_end_of_the_certificate_is_told_from_the_start_and_after_a_rel
     assert 6 * 86400 < float(second) - float(first) < 8 * 86400
 
 
+def test_the_watchdog_hears_from_the_relay_twice_in_its_period(monkeypatch):
+    periods = []
+    loop = SimpleNamespace(call_later=lambda delay, *_: periods.append(delay))
+    monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(get_running_loop=lambda: loop))
+    monkeypatch.setenv('WATCHDOG_USEC', '30000000')
+    relay.beat(RelayServer())
+    assert periods == [15]
+
+
 @pytest.fixture(params=['path', 'abstract'])
 def systemd(request, tmp_path, monkeypatch):
     """A socket that a program is told to notify."""
@@ -1872,7 +1881,7 @@ def test_systemd_is_told_how_the_relay_is(systemd, monkeypatch):
         for _ in range(3):
             assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
         # At half of what it is given, so that none is late.
-        assert 0.15 <= time.monotonic() - began < 0.55
+        assert time.monotonic() - began >= 0.15
         process.send_signal(signal.SIGHUP)
         reloading = heard(systemd, 'RELOADING=1')
         microseconds = int(re.fullmatch(r'RELOADING=1\nMONOTONIC_USEC=(\d+)', reloading)[1])
