@@ -47,6 +47,7 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import itertools
 import json
 import logging.handlers
 import os
@@ -58,26 +59,36 @@ import socket
 import ssl
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
 try:
-    from websockets.asyncio.server import Server, ServerConnection, broadcast
-    from websockets.asyncio.server import serve as listen
-    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+    from websockets.exceptions import (
+        ConnectionClosed,
+        InvalidHandshake,
+        InvalidOrigin,
+        InvalidStatus,
+    )
+    from websockets.frames import Frame, Opcode
     from websockets.http11 import Request, Response
     from websockets.protocol import State
+    from websockets.server import ServerProtocol
     from websockets.version import version as websockets_version
 except ImportError as error:
     if __name__ != '__main__':
         raise
     raise SystemExit(f"relay.py: {error}; pip install 'websockets>=14' mends it") from None
 
+if TYPE_CHECKING:
+    from websockets.asyncio.server import ServerConnection
+
 __version__ = '0.1.0'
 logger = logging.getLogger('relay')
+LIBRARY = logging.getLogger('websockets')
 
 # Limits, each with its reason.
 MAX_MESSAGE = 2**20  # bytes: what ProxyStore's own relay takes, and its clients
@@ -95,12 +106,13 @@ STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
 CHECK_TIMEOUT = 10  # s until a check has failed
 REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
 MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
+UUIDS = 4096  # that are kept as they were read
 MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
-LIMITS: dict[str, Any] = {  # what websockets sees to, as its `serve` names it
+LIMITS: dict[str, Any] = {  # of a connection, as websockets names them
     'max_size': MAX_MESSAGE,
-    'max_queue': 1,  # messages read ahead of the one being dealt with
-    'compression': None,  # where clients offer it, as ProxyStore's do, it takes 40 KiB each
-    'server_header': None,  # strangers need not know the versions
+    'origins': None,
+    'open_timeout': 10,
+    'close_timeout': 10,
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
     'ping_interval': 30,
     'ping_timeout': 90,
@@ -121,12 +133,12 @@ class MessageDecodeError(Exception):
         self.response_type = response_type
 
 
-@dataclass(frozen=True)
+@dataclass
 class Message:
     """Base of the three messages."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServerRegistration(Message):
     """Asks to be known under a UUID; `message_type` tells the client's generation."""
 
@@ -135,7 +147,7 @@ class ServerRegistration(Message):
     message_type: str = 'server_registration'
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServerResponse(Message):
     """Tells a client that it is registered, or what was wrong."""
 
@@ -145,7 +157,7 @@ class ServerResponse(Message):
     message_type: str = 'server_response'
 
 
-@dataclass(frozen=True)
+@dataclass
 class PeerConnection(Message):
     """Carries a session description from peer to peer, or back with an error."""
 
@@ -166,12 +178,18 @@ MESSAGE_TYPES: dict[str, type[Message]] = {
     'peer_connection': PeerConnection,
 }
 
+A_UUID = 'a string that holds a UUID'
 # By annotation of a field: what JSON gives for it, and how to ask for it.
 FIELD_TYPES: dict[Any, Any] = {
-    'str': ((str,), 'a string'),
+    'str': (str, 'a string'),
     'str | None': ((str, type(None)), 'a string or null'),
-    'bool': ((bool,), 'true or false'),
-    'UUID': ((str,), 'a string that holds a UUID'),
+    'bool': (bool, 'true or false'),
+    'UUID': (str, A_UUID),
+}
+# By message_type: its class, and the name, types, words and default of each field.
+FORMS = {
+    name: (kind, [(f.name, *FIELD_TYPES[f.type], f.default) for f in fields(kind)])
+    for name, kind in MESSAGE_TYPES.items()
 }
 
 
@@ -192,14 +210,23 @@ def decode(text: str | bytes) -> Message:
     try:
         if not isinstance(text, str):
             raise ValueError('a message comes in a text frame, not in a binary one')
-        data = _decoder.decode(text)
+        # This takes three quarters of the time, but no space before or after it.
+        data, end = _decoder.raw_decode(text) if text.startswith('{') else (None, -1)
+        if end < len(text):
+            data = _decoder.decode(text)
         if not isinstance(data, dict):
             raise ValueError('a message is a JSON object')
         name = data.get('message_type')
         if not isinstance(name, str) or name not in MESSAGE_TYPES:
             raise ValueError(f'message_type must be one of {", ".join(MESSAGE_TYPES)}')
-        kind = MESSAGE_TYPES[name]
-        return kind(**{f.name: _value(data, f.name, f.type, f.default) for f in fields(kind)})
+        kind, form = FORMS[name]
+        values = []
+        for key, types, expected, default in form:
+            value = data.get(key, default)
+            if not isinstance(value, types):
+                raise ValueError(f'{key} must be {expected}')
+            values.append(_uuid(key, value) if expected is A_UUID else value)
+        return kind(*values)
     except RecursionError:
         reason = 'nested too deep'
     except json.JSONDecodeError as error:
@@ -210,15 +237,15 @@ def decode(text: str | bytes) -> Message:
     raise MessageDecodeError(reason, f'{generation}_response')
 
 
-def _value(data: dict[str, Any], name: str, annotation: Any, default: Any) -> Any:
-    value = data.get(name, default)
-    types, expected = FIELD_TYPES[annotation]
-    if not isinstance(value, types):
-        raise ValueError(f'{name} must be {expected}')
+# Most are those of the same few peers; others than the usual form may be long.
+_known = lru_cache(UUIDS)(UUID)
+
+
+def _uuid(key: str, value: str) -> UUID:
     try:
-        return UUID(value) if annotation == 'UUID' else value
+        return _known(value) if len(value) == 36 else UUID(value)
     except ValueError:
-        raise ValueError(f'{name} must be {expected}, not {shown(value)}') from None
+        raise ValueError(f'{key} must be {A_UUID}, not {shown(value)}') from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -266,22 +293,47 @@ class Client:
 
     name: str
     uuid: UUID | None
-    websocket: ServerConnection
+    websocket: Any
     user: str = ''
     address: str = 'unknown address'
     response_type: str = 'server_response'
+    due: float = 0.0  # when it may send its next message, where there is a rate
+    deadline: asyncio.TimerHandle | None = None  # until which it must have registered
+    gone: asyncio.Future[None] | None = None  # what somebody waits for who wants its UUID
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
         return f'{self.uuid or "unregistered"} ({shown(self.name)}, {user}at {self.address})'
+
+    def write(self, data: bytes) -> None:
+        """Write a text, or nothing if the connection is closed, without waiting."""
+        self.websocket.write(data)
+
+    def close(self, code: int, reason: str) -> None:
+        """Close the connection, without waiting."""
+        self.websocket.close(code, reason)
+
+
+class _Guest(Client):
+    """A client whose connection is served by `websockets.asyncio.server.serve`."""
+
+    closing: asyncio.Task[None] | None = None
+
+    def write(self, data: bytes) -> None:
+        from websockets.asyncio.server import broadcast
+
+        broadcast((self.websocket,), data.decode())
+
+    def close(self, code: int, reason: str) -> None:
+        self.closing = asyncio.ensure_future(self.websocket.close(code, reason))
 
 
 class RelayServer:
     """Registers clients and forwards messages between them.
 
     Serve it with `serve` below, or with `websockets.asyncio.server.serve(relay.handler, ...)` and,
-    for tokens, its `process_request=relay.process_request`. The registry changes in steps without
-    an `await`. No handler waits for a socket but its own, except for TAKEOVER_WAIT.
+    for tokens, its `process_request=relay.process_request`. Whatever decides is plain code without
+    an `await`: nothing can come between a look-up and what is done with it.
     """
 
     def __init__(
@@ -293,7 +345,7 @@ class RelayServer:
         self._token_file = token_file
         self.tokens = None if token_file is None else read_tokens(token_file)
         # All connections, and the registry: those that are registered, by user and UUID.
-        self._websocket_to_client: dict[ServerConnection, Client] = {}
+        self._websocket_to_client: dict[Any, Client] = {}
         self._uuid_to_client: dict[tuple[str, UUID | None], Client] = {}
         # For the operator: since when, until when the certificate holds, what happened how often.
         self.started = time.time()
@@ -302,9 +354,10 @@ class RelayServer:
         self.refusals = dict.fromkeys(REFUSALS, 0)
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
-        self._closing: set[asyncio.Task[None]] = set()  # the loop holds no reference to its tasks
 
-    def process_request(self, websocket: ServerConnection, request: Request) -> Response | None:
+    def process_request(
+        self, websocket: ServerConnection | Connection, request: Request
+    ) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
         if request.path == '/healthz':
             serving = websocket.server.is_serving()
@@ -321,61 +374,48 @@ class RelayServer:
         response.headers[header[0]] = header[1]
         return response
 
-    def process_response(self, websocket: ServerConnection, request: Request, answer: Any) -> None:
-        """Count a web page from an origin that is not allowed, as websockets has found."""
-        if answer.status_code == 403:
-            address = address_of(websocket.remote_address)
-            reason = f'no page of {shown(request.headers.get("Origin", ""))} may connect'
-            self.log_refusal('unauthorized', 403, address, reason)
-
     async def handler(self, websocket: ServerConnection) -> None:
-        """Serve a connection until it ends."""
-        address = address_of(websocket.remote_address)
-        user = user_of(websocket.request, self.tokens)
+        """Serve a connection of `websockets.asyncio.server.serve` until it ends."""
+        client, ending = _Guest('', None, websocket), None
+        self.enter(client, websocket.request)
+        try:
+            while True:
+                text = await websocket.recv()
+                if client.closing is None:
+                    waiting = self.receive(client, text)
+                    await (asyncio.wait({waiting}) if waiting else asyncio.sleep(0))
+                    await asyncio.sleep(self.pace(client))
+        except ConnectionClosed as error:
+            ending = error
+        finally:
+            self.leave(client, ending)
+
+    def enter(self, client: Client, request: Request | None) -> None:
+        """Take in a new connection, or close it if it must not or cannot be served."""
+        client.address = address_of(client.websocket.remote_address)
+        user = user_of(request, self.tokens)
         if user is None or len(self._websocket_to_client) >= self._max_clients:
             # Not an HTTP error when full: clients end of one, and come back after 1013.
             code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
-            self.log_refusal('unauthorized' if user is None else 'full', code, address, reason)
-            return await websocket.close(code, reason)
-        _bound_buffers(websocket)
-        client = self._websocket_to_client[websocket] = Client('', None, websocket, user, address)
-        deadline = asyncio.get_running_loop().call_later(REGISTER_TIMEOUT, self._expect, client)
-        reason = 'the relay has stopped'
-        try:
-            await self._read(client)
-        except ConnectionClosed as error:
-            reason = self._ending(client, error)
-        except Exception:
-            reason = 'a defect of the relay'
-            logger.exception('A defect of the relay, met by %s', client)
-            raise
-        finally:
-            self._remove(client, reason)
-            deadline.cancel()
-            self._refusals.pop(client, None)
-            del self._websocket_to_client[websocket]
+            kind = 'unauthorized' if user is None else 'full'
+            self.log_refusal(kind, code, client.address, reason)
+            return client.close(code, reason)
+        _bound_buffers(client.websocket.transport.get_extra_info('socket'))
+        client.user = user
+        self._websocket_to_client[client.websocket] = client
+        late = f'no registration within {REGISTER_TIMEOUT} s'
+        loop = asyncio.get_running_loop()
+        client.deadline = loop.call_later(REGISTER_TIMEOUT, self._close, client, 1008, late)
 
-    async def _read(self, client: Client) -> None:
-        """Deal with a connection's messages, no faster than the rate and a burst."""
-        due = 0.0
-        while True:
-            parts: list[Any] = []  # in fragments of a byte each, one message could take 200 MB
-            try:
-                async for part in client.websocket.recv_streaming():
-                    if len(parts) == MAX_FRAGMENTS:
-                        self._close(client, 1009, f'more than {MAX_FRAGMENTS} fragments')
-                    if len(parts) <= MAX_FRAGMENTS:
-                        parts.append(part)
-            except AttributeError as error:  # so a TLS connection is lost in Python 3.9 and 3.10
-                raise ConnectionClosed(None, None) from error
-            # A client that is being closed may still be heard, but must not act any more.
-            if len(parts) > MAX_FRAGMENTS or client.websocket.state is not State.OPEN:
-                continue
-            await self._dispatch(client, ''.join(parts) if isinstance(parts[0], str) else b'')
-            if self._rate:
-                due = max(due, time.monotonic() - BURST) + 1 / self._rate
-                self.refusals['rate_paced'] += due > time.monotonic()
-                await asyncio.sleep(max(0, due - time.monotonic()))
+    def leave(self, client: Client, error: ConnectionClosed | None) -> None:
+        """Have nothing left of a client whose connection has ended, in the way the error tells."""
+        if self._websocket_to_client.pop(client.websocket, None) is None:
+            return
+        reason = 'the relay has stopped' if error is None else self._ending(client, error)
+        self._remove(client, reason)
+        self._refusals.pop(client, None)
+        if client.gone is not None:
+            client.gone.cancel()
 
     def _ending(self, client: Client, error: ConnectionClosed) -> str:
         """Return how a connection ended, for the log; log it at once if it was refused."""
@@ -391,83 +431,108 @@ class RelayServer:
             self.log_refusal(kinds[code], client.uuid and client, client, f'{reason} ({code})')
         # The other reason for 1011 is a defect of ours.
         self.counts['pings_given_up'] += code == 1011 and 'ping' in reason
-        return f'closed by the relay with {code}: {reason}'
+        return f'closed by the relay with {code}' + (f': {reason}' if reason else '')
 
-    def _expect(self, client: Client) -> None:
-        if client.uuid is None:
-            self._close(client, 1008, f'no registration within {REGISTER_TIMEOUT} s')
+    def pace(self, client: Client) -> float:
+        """Return the seconds that a client has to wait with its next message."""
+        if not self._rate:
+            return 0
+        now = time.monotonic()
+        client.due = max(client.due, now - BURST) + 1 / self._rate
+        self.refusals['rate_paced'] += client.due > now
+        return max(0, client.due - now)
 
-    async def _dispatch(self, client: Client, text: str | bytes) -> None:
+    def receive(self, client: Client, text: str | bytes) -> asyncio.Future[None] | None:
+        """Deal with a client's message; return what the next one has to wait for, if anything."""
         try:
             message = decode(text)
         except MessageDecodeError as error:
             if client.uuid is None:
                 client.response_type = error.response_type
-            return await self._refuse(client, str(error))
+            self._refuse(client, str(error))
+            return None
         if isinstance(message, ServerRegistration):
-            await self.register(client.websocket, message)
-        elif isinstance(message, PeerConnection):
-            await self.connect(client.websocket, message, str(text))
+            return self._register(client, message)
+        if isinstance(message, PeerConnection):
+            self._connect(client, message, str(text))
         else:
-            await self._refuse(client, 'a response is for the relay to send')
+            self._refuse(client, 'a response is for the relay to send')
+        return None
 
-    async def register(self, websocket: ServerConnection, request: ServerRegistration) -> None:
+    async def register(self, websocket: Any, request: ServerRegistration) -> None:
         """Register a client and answer it, displacing whoever holds its UUID."""
-        client = self._websocket_to_client[websocket]
+        waiting = self._register(self._websocket_to_client[websocket], request)
+        if waiting is not None:
+            await asyncio.wait({waiting})
+
+    def _register(
+        self, client: Client, request: ServerRegistration
+    ) -> asyncio.Future[None] | None:
+        holder = self._uuid_to_client.get((client.user, request.uuid))
         if client.uuid == request.uuid:
-            return await self.send(websocket, ServerResponse(message_type=client.response_type))
-        if client.uuid is not None:
-            reason = f'this connection is already registered as {client.uuid}'
-            return await self._refuse(client, reason)
+            self._send(client, ServerResponse(message_type=client.response_type))
+        elif client.uuid is not None:
+            self._refuse(client, f'this connection is already registered as {client.uuid}')
+        elif holder is None:
+            self._admit(client, request)
+        else:
+            loop = asyncio.get_running_loop()
+            holder.gone = loop.create_future()
+            holder.gone.add_done_callback(lambda _: self._admit(client, request))
+            loop.call_later(TAKEOVER_WAIT, holder.gone.cancel)
+            self._displace(holder)
+            return holder.gone
+        return None
+
+    def _admit(self, client: Client, request: ServerRegistration) -> None:
+        if client.websocket.state is not State.OPEN:
+            return
+        # Whoever has taken the UUID meanwhile is displaced as well.
         key = (client.user, request.uuid)
         if key in self._uuid_to_client:
-            await asyncio.wait({self._displace(self._uuid_to_client[key])}, timeout=TAKEOVER_WAIT)
-        # From here without an `await`: nothing may be forwarded to the client before its answer,
-        # and whoever has taken the UUID meanwhile is displaced as well.
-        if websocket.state is not State.OPEN:
-            return
-        if key in self._uuid_to_client:
             self._displace(self._uuid_to_client[key])
+        if client.deadline is not None:
+            client.deadline.cancel()
+            client.deadline = None
         client.name, client.uuid = request.name, request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
         self._uuid_to_client[key] = client
         self.counts['registrations'] += 1
-        broadcast((websocket,), encode(ServerResponse(message_type=client.response_type)))
+        # Nothing is forwarded to it before this.
+        self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
-    def _displace(self, client: Client) -> asyncio.Task[None]:
+    def _displace(self, client: Client) -> None:
         self.counts['displaced_registrations'] += 1
-        code = 4004 if client.response_type == 'relay_response' else 1001
-        return self._close(client, code, DISPLACED)
+        self._close(client, 4004 if client.response_type == 'relay_response' else 1001, DISPLACED)
 
-    def _close(self, client: Client, code: int, reason: str) -> asyncio.Task[None]:
-        """Remove a registration at once, and close its connection in a task."""
+    def _close(self, client: Client, code: int, reason: str) -> None:
+        """Remove a registration at once, and close its connection."""
         self._remove(client, f'closed by the relay with {code}: {reason}')
-        task = asyncio.ensure_future(client.websocket.close(code, reason))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-        return task
+        client.close(code, reason)
 
-    async def unregister(self, websocket: ServerConnection, expected: bool) -> None:
+    async def unregister(self, websocket: Any, expected: bool) -> None:
         """Remove a registration and close its connection: with 1000, or as displaced."""
         client = self._websocket_to_client.get(websocket)
         if client is not None:
-            await (self._close(client, 1000, '') if expected else self._displace(client))
+            self._close(client, 1000, '') if expected else self._displace(client)
 
     def _remove(self, client: Client, reason: str) -> None:
+        if client.deadline is not None:
+            client.deadline.cancel()
         # The UUID may never have been this connection's, or have become another's.
         if self._uuid_to_client.get((client.user, client.uuid)) is client:
             del self._uuid_to_client[client.user, client.uuid]
             logger.info('Unregistered %s: %s', client, reason)
 
-    async def connect(
-        self, websocket: ServerConnection, message: PeerConnection, text: str = ''
-    ) -> None:
+    async def connect(self, websocket: Any, message: PeerConnection, text: str = '') -> None:
         """Forward a message, in the text it came in, or send it back with an error."""
-        client = self._websocket_to_client[websocket]
+        self._connect(self._websocket_to_client[websocket], message, text or encode(message))
+
+    def _connect(self, client: Client, message: PeerConnection, text: str) -> None:
         if client.uuid is None:
-            return await self._refuse(client, 'client has not registered yet')
-        kind = self._forward(client, message, text or encode(message))
+            return self._refuse(client, 'client has not registered yet')
+        kind = self._forward(client, message, text)
         if kind is None:
             return
         reason = UNFORWARDED[kind]
@@ -477,40 +542,38 @@ class RelayServer:
         # With the error, and escapes for what is not ASCII, it may be too long for its sender.
         if len(encode(answer)) > MAX_MESSAGE:
             answer = replace(answer, source_name='', description_type='', description='')
-        await self.send(websocket, answer)
+        self._send(client, answer)
 
     def _forward(self, client: Client, message: PeerConnection, text: str) -> str | None:
-        """Write a text to the peer without waiting, or return which of UNFORWARDED it is."""
+        """Write a text to the peer, or return which of UNFORWARDED it is."""
         if message.source_uuid != client.uuid:
             return 'forged_source'
         peer = self._uuid_to_client.get((client.user, message.peer_uuid))
         # A connection that is being closed, or lost, would lose the message without a word.
-        if peer is None or peer.websocket.state is not State.OPEN:
+        backlog = peer and _backlog(peer.websocket)
+        if peer is None or backlog is None:
             return 'unknown_peer'
-        try:
-            backlog = peer.websocket.transport.get_write_buffer_size()
-        except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
-            return 'unknown_peer'
-        size = len(text.encode())
-        if backlog and backlog + size > MAX_BACKLOG:
+        data = text.encode()
+        if backlog and backlog + len(data) > MAX_BACKLOG:
             return 'backlog'
-        broadcast((peer.websocket,), text)
+        peer.write(data)
         self.counts['forwarded_messages'] += 1
-        self.counts['forwarded_bytes'] += size
+        self.counts['forwarded_bytes'] += len(data)
         logger.debug('Forwarded from %s to %s', client.uuid, peer.uuid)
         return None
 
-    async def send(self, websocket: ServerConnection, message: Message) -> None:
+    async def send(self, websocket: Any, message: Message) -> None:
         """Send a message to a connection, or nothing if it is closed."""
-        with contextlib.suppress(ConnectionClosed):
-            await websocket.send(encode(message))
+        self._send(self._websocket_to_client[websocket], message)
 
-    async def _refuse(self, client: Client, reason: str) -> None:
+    def _send(self, client: Client, message: Message) -> None:
+        client.write(encode(message).encode())
+
+    def _refuse(self, client: Client, reason: str) -> None:
         """Answer what is not a message, or not in its place, with the reason."""
         # One source for all that are not registered: they come as often as they like.
         self.log_refusal('malformed', client.uuid and client, client, reason)
-        answer = ServerResponse(False, reason, True, client.response_type)
-        await self.send(client.websocket, answer)
+        self._send(client, ServerResponse(False, reason, True, client.response_type))
 
     def log_refusal(self, kind: str, source: Any, who: Any, reason: str) -> None:
         """Count a refusal, and log it unless its source had one logged lately."""
@@ -561,12 +624,298 @@ def address_of(address: Any) -> str:
     return f'[{address[0]}]:{address[1]}' if ':' in address[0] else f'{address[0]}:{address[1]}'
 
 
-def _bound_buffers(websocket: ServerConnection) -> None:
+def _bound_buffers(sock: Any) -> None:
     """Have the kernel end a connection whose peer has stopped reading, and read little ahead."""
-    sock = websocket.transport.get_extra_info('socket')
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT)
+
+
+def _backlog(websocket: Any) -> int | None:
+    """Return how many bytes wait for a peer to read, or None if it is closed."""
+    if websocket.state is not State.OPEN:
+        return None
+    try:
+        unread: int = websocket.transport.get_write_buffer_size()
+    except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
+        return None
+    return unread + getattr(websocket, 'pending', 0)
+
+
+# ------------------------------------------------------------------------------- Connection
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A connection: websockets' sans-I/O protocol between a transport and the relay.
+
+    What comes is dealt with as it comes. While the client has to wait, for its rate, for a UUID or
+    for the answers it has not read, what has come is held and nothing more is read.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: Listener) -> None:
+        self.server, self.relay = server, server.relay
+        limits = {name: server.limits[name] for name in ('origins', 'max_size')}
+        self.protocol = ServerProtocol(**limits, logger=LIBRARY)
+        self.client = Client('', None, self)
+        # What has come and is held, its frames the last first; the fragments of a message.
+        self.input, self.events, self.parts = b'', list[Any](), list[Frame]()
+        self.held = self.pongs = self.pending = 0
+        self.opened = self.closing = self.ending = False
+        self.heard = self.pinged = time.monotonic()
+
+    @property
+    def state(self) -> State:
+        """Return where the connection is between its handshakes."""
+        return self.protocol.state
+
+    def respond(self, status: int, text: str) -> Response:
+        """Return an answer to a request that is not to be accepted."""
+        return self.protocol.reject(status, text)
+
+    def connection_made(self, transport: Any) -> None:
+        """Expect a request."""
+        self.transport = transport
+        transport.set_write_buffer_limits(MAX_BACKLOG)
+        self.remote_address = transport.get_extra_info('peername')
+        self.server.connections[self] = None
+        self.deadline = self._later('open_timeout')
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where to put what comes: one place for all, since it is dealt with at once."""
+        return self.server.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Deal with what has come."""
+        data = bytes(self.server.buffer[:nbytes])
+        # A TLS hello, which the protocol would take for the beginning of a line.
+        if self.state is State.CONNECTING and data.startswith(b'\x16'):
+            return self.transport.abort()
+        self.heard = time.monotonic()
+        # To the end: the least recently heard come first.
+        self.server.connections.move_to_end(self)
+        self.input += data
+        self._deal()
+
+    def eof_received(self) -> None:
+        """Close, as the client has."""
+        self.protocol.receive_eof()
+        self.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Have nothing left."""
+        self.deadline.cancel()
+        self.input, self.events = b'', []
+        self.protocol.receive_eof()
+        self.server.forget(self)
+        self.relay.leave(self.client, self.protocol.close_exc)
+        if not self.opened:
+            logger.debug('No handshake from %s', address_of(self.remote_address))
+
+    def pause_writing(self) -> None:
+        """Read no more from a client that does not read."""
+        self._hold()
+
+    def resume_writing(self) -> None:
+        """Read on."""
+        self._release()
+
+    def write(self, data: bytes) -> None:
+        """Write a message, or nothing if the connection is closed, without waiting."""
+        if self.protocol.state is State.OPEN:
+            self.protocol.send_text(data)
+            if not self.pending:
+                self.server.flush_soon(self)
+            self.pending += len(data)
+
+    def close(self, code: int, reason: str) -> None:
+        """Close: whatever the client sends from now on does nothing."""
+        self.closing = True
+        if self.state is State.OPEN:
+            self.protocol.send_close(code, reason)
+            self.flush()
+        # It is to be heard when it answers that.
+        self.held = 0
+        self._release()
+
+    def keep_alive(self, now: float) -> None:
+        """Ping a client that has not been heard for long, or give it up."""
+        if self.held or self.state is not State.OPEN:
+            return
+        if self.pinged <= self.heard:
+            self.pinged = now
+            self.protocol.send_ping(b'')
+        elif now - self.pinged > self.server.limits['ping_timeout']:
+            self.protocol.fail(1011, 'keepalive ping timeout')
+        self.flush()
+
+    def _later(self, limit: str) -> asyncio.TimerHandle:
+        loop = asyncio.get_running_loop()
+        return loop.call_later(self.server.limits[limit], self.transport.abort)
+
+    def _hold(self) -> None:
+        self.held += 1
+        self.transport.pause_reading()
+
+    def _release(self, _: Any = None) -> None:
+        self.held = max(0, self.held - 1)
+        if not self.held:
+            with contextlib.suppress(AttributeError):  # as in _backlog
+                self.transport.resume_reading()
+            self._deal()
+
+    def _deal(self) -> None:
+        while not self.held and (self.events or self.input):
+            if self.events:
+                self._take(self.events.pop())
+                continue
+            # In pieces: many pings would cost much at once, many messages much memory.
+            piece, self.input = self.input[:MAX_PONGS], self.input[MAX_PONGS:]
+            self.protocol.receive_data(piece)
+            self.events = self.protocol.events_received()[::-1]
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what the protocol has to say."""
+        self.pending = 0
+        for data in self.protocol.data_to_send():
+            if data:
+                self.transport.write(data)
+            elif self.transport.can_write_eof():
+                self.transport.write_eof()
+            else:
+                self.transport.close()
+        if not self.ending and self.protocol.close_expected():
+            self.ending = True
+            self.deadline.cancel()
+            self.deadline = self._later('close_timeout')
+
+    def _take(self, event: Any) -> None:
+        """Deal with a request or a frame."""
+        if isinstance(event, Request):
+            return self._open(event)
+        if event.opcode is Opcode.PING:
+            # It is answered whether that is read or not.
+            unread = self.transport.get_write_buffer_size()
+            self.pongs = self.pongs + 2 + len(event.data) if unread else 0
+            if self.pongs > MAX_PONGS:
+                return self.transport.abort()
+        if self.closing or event.opcode in (Opcode.PONG, Opcode.CLOSE):
+            return
+        if event.opcode is not Opcode.PING:
+            self._put_together(event)
+        wait = self.relay.pace(self.client)
+        if wait:
+            self._hold()
+            asyncio.get_running_loop().call_later(wait, self._release)
+
+    def _open(self, request: Request) -> None:
+        answer = self.server.answer(self, request)
+        if answer is None and not self.server.is_serving():
+            answer = self.respond(503, 'stopping\n')
+        self.protocol.send_response(answer or self.protocol.accept(request))
+        self.flush()
+        if self.state is State.OPEN:
+            self.opened = True
+            self.deadline.cancel()
+            self.relay.enter(self.client, request)
+            request.headers.clear()  # the protocol keeps the request
+        elif isinstance(self.protocol.handshake_exc, InvalidOrigin):
+            who = address_of(self.remote_address)
+            reason = f'no page of {shown(request.headers.get("Origin", ""))} may connect'
+            self.relay.log_refusal('unauthorized', 403, who, reason)
+
+    def _put_together(self, frame: Frame) -> None:
+        """Have the relay deal with a message once its last fragment has come."""
+        self.parts.append(frame)
+        # In fragments of a byte each, one message could take 200 MB.
+        if len(self.parts) > MAX_FRAGMENTS:
+            return self._fail(1009, f'more than {MAX_FRAGMENTS} fragments')
+        if not frame.fin:
+            return
+        parts, self.parts = self.parts, []
+        data = b''.join([part.data for part in parts])
+        try:
+            text = data.decode() if parts[0].opcode is Opcode.TEXT else data
+            waiting = self.relay.receive(self.client, text)
+            if waiting is not None:
+                self._hold()
+                waiting.add_done_callback(self._release)
+        except UnicodeDecodeError as error:
+            self._fail(1007, f'{error.reason} at position {error.start}')
+        except Exception:
+            logger.exception('A defect of the relay, met by %s', self.client)
+            self._fail(1011, '')
+
+    def _fail(self, code: int, reason: str) -> None:
+        self.closing = True
+        self.protocol.fail(code, reason)
+        self.flush()
+
+
+class Listener:
+    """What a relay is served with: sockets, connections, and their keepalive."""
+
+    def __init__(self, relay: RelayServer, answer: Any, limits: dict[str, Any]) -> None:
+        self.relay, self.answer, self.limits = relay, answer, limits
+        self.connections = OrderedDict[Connection, None]()  # the least recently heard first
+        self.unflushed: list[Connection] = []
+        self.buffer = memoryview(bytearray(RECEIVE_BUFFER))
+        self.closed = asyncio.Event()
+
+    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> Listener:
+        """Listen on each address of a host."""
+        timeout = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
+        loop = asyncio.get_running_loop()
+        make = partial(Connection, self)
+        self.server = await loop.create_server(make, host, port, ssl=tls, **timeout)
+        self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
+        if self.limits['ping_interval']:
+            self._sweep(self.limits['ping_interval'])
+        return self
+
+    def flush_soon(self, connection: Connection) -> None:
+        """Have a connection write once all that has come to the relay is dealt with.
+
+        One message after another would wake the clients of this machine one by one.
+        """
+        if not self.unflushed:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self.unflushed.append(connection)
+
+    def _flush(self) -> None:
+        unflushed, self.unflushed = self.unflushed, []
+        for connection in unflushed:
+            connection.flush()
+
+    def _sweep(self, interval: float) -> None:
+        now = time.monotonic()
+        quiet = itertools.takewhile(lambda c: c.heard <= now - interval, self.connections)
+        for connection in list(quiet):
+            connection.keep_alive(now)
+        if not self.closed.is_set():
+            asyncio.get_running_loop().call_later(min(1, interval / 4), self._sweep, interval)
+
+    def forget(self, connection: Connection | None) -> None:
+        """Have one connection less."""
+        self.connections.pop(connection, None)  # type: ignore[arg-type]
+        if not self.connections and not self.is_serving():
+            self.closed.set()
+
+    async def __aenter__(self) -> Listener:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.close()
+        await self.closed.wait()
+
+    def close(self) -> None:
+        """Take no more connections, and close those that there are."""
+        self.server.close()
+        for connection in list(self.connections):
+            connection.close(1001, '')
+        self.forget(None)
 
 
 # ------------------------------------------------------------------------------- Access
@@ -740,49 +1089,22 @@ async def serve(
     await _stop(servers)
 
 
-async def _stop(servers: list[Server]) -> None:
+async def _stop(servers: list[Listener]) -> None:
     notify('STOPPING=1')
     for server in servers:
         server.close()
     # A client that neither reads nor closes must not hold up the end.
-    closed = [asyncio.ensure_future(server.wait_closed()) for server in servers]
+    closed = [asyncio.ensure_future(server.closed.wait()) for server in servers]
     await asyncio.wait(closed, timeout=STOP_TIMEOUT)
     logger.info('Server closed')
 
 
-class _Connection(ServerConnection):
-    """A connection that ends at once what is no WebSocket, and floods of pings."""
-
-    pongs = 0
-
-    def data_received(self, data: bytes) -> None:
-        # A TLS hello: websockets would wait for the end of its first line.
-        if self.request is None and data.startswith(b'\x16'):
-            return self.transport.abort()
-        # Many pings would cost much at once; websockets answers them whether that is read or not.
-        for start in range(0, len(data), MAX_PONGS):
-            before = self.transport.get_write_buffer_size()
-            super().data_received(data[start : start + MAX_PONGS])
-            unread = self.transport.get_write_buffer_size()
-            self.pongs = self.pongs + unread - before if before else 0
-            if self.pongs > MAX_PONGS:
-                return self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.response is None or self.response.status_code != 101:
-            logger.debug('No handshake from %s', address_of(self.remote_address))
-        super().connection_lost(exc)
-
-
 async def _listen(
     relay: RelayServer, host: str, port: int, tls: ssl.SSLContext | None = None, **limits: Any
-) -> Server:
-    defaults = {'create_connection': _Connection, 'process_request': relay.process_request}
-    defaults['process_response'] = relay.process_response
-    limits = {**LIMITS, **defaults, **limits}
-    limits.update(ssl=tls, ssl_handshake_timeout=tls and limits.get('open_timeout', 10))
+) -> Listener:
+    answer = limits.pop('process_request', relay.process_request)
     try:
-        return await listen(relay.handler, host, port, **limits)
+        return await Listener(relay, answer, {**LIMITS, **limits}).listen(host, port, tls)
     except (OSError, ValueError) as error:
         # asyncio puts the address and a number before the reason.
         reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
@@ -913,7 +1235,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     about = (__doc__ or '').partition('\n')[0]
     parser = argparse.ArgumentParser('relay.py', usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
-    port, positive = partial(_number_of, most=65535), partial(_number_of, least=1)
+    port = partial(_number_of, most=65535)
+    positive = partial(_number_of, least=1)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
     add('--port', default=8765, type=port, help='port, 0 for any free (%(default)s)')
     add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')

@@ -68,10 +68,28 @@ def run_async(test):
 async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limits):
     """Serve a relay as the command line does; yields it, with its URL as `url`."""
     server = RelayServer(tokens, max_clients, rate)
-    async with await relay._listen(server, '127.0.0.1', 0, tls, **limits) as listener:
+    if way == 'serve':
+        listening = await relay._listen(server, '127.0.0.1', 0, tls, **limits)
+    else:
+        process, where = server.process_request, ('127.0.0.1', 0)
+        limits = {'max_size': relay.MAX_MESSAGE, 'compression': None, **limits}
+        listening = websockets.asyncio.server.serve(
+            server.handler, *where, ssl=tls, process_request=process, **limits
+        )
+    async with listening as listener:
         port = listener.sockets[0].getsockname()[1]
         server.url = f'{"wss" if tls else "ws"}://127.0.0.1:{port}/'
         yield server
+
+
+@pytest.fixture(params=['serve', 'handler'])
+def way_of_serving(request, monkeypatch):
+    """Run a test with a relay that serves itself, and with one that websockets serves."""
+    monkeypatch.setitem(globals(), 'way', request.param)
+
+
+way = 'serve'
+both_ways = pytest.mark.usefixtures('way_of_serving')
 
 
 class Peer:
@@ -310,6 +328,7 @@ def test_a_wrong_registration_is_answered_in_the_words_of_its_generation(generat
 # ------------------------------------------------------------------------------- Protocol
 
 
+@both_ways
 @both_generations
 @run_async
 async def test_a_registration_is_answered_in_kind(generation):
@@ -317,6 +336,7 @@ async def test_a_registration_is_answered_in_kind(generation):
         pass  # registered() compares the whole response
 
 
+@both_ways
 @both_generations
 @run_async
 async def test_registering_again_on_the_same_socket_changes_nothing(generation):
@@ -325,6 +345,7 @@ async def test_registering_again_on_the_same_socket_changes_nothing(generation):
         assert holder(server, A).name == 'laptop'
 
 
+@both_ways
 @both_generations
 @run_async
 async def test_a_second_uuid_on_one_socket_is_refused(generation):
@@ -335,6 +356,7 @@ async def test_a_second_uuid_on_one_socket_is_refused(generation):
         assert list(server._uuid_to_client) == [('', A)]
 
 
+@both_ways
 @pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
 @run_async
 async def test_a_registration_displaces_the_old_socket(generation, code):
@@ -347,6 +369,7 @@ async def test_a_registration_displaces_the_old_socket(generation, code):
                 await exchange(new, peer)
 
 
+@both_ways
 @run_async
 async def test_a_displaced_client_sees_its_close_before_the_new_one_is_answered():
     async with running_relay() as server, registered(server, A) as old:
@@ -361,6 +384,7 @@ async def test_a_displaced_client_sees_its_close_before_the_new_one_is_answered(
         assert order == ['closed', 'answered']
 
 
+@both_ways
 @run_async
 async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
     async with running_relay() as server, registered(server, B) as peer:
@@ -373,6 +397,7 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
                 await exchange(new, peer)
 
 
+@both_ways
 @run_async
 async def test_of_those_that_race_for_a_uuid_one_wins_and_is_reachable():
     async with running_relay() as server, registered(server, B) as peer:
@@ -383,7 +408,7 @@ async def test_of_those_that_race_for_a_uuid_one_wins_and_is_reachable():
             ]
             answers = await asyncio.gather(*(racer.ask(racer.registration()) for racer in racers))
             assert answers == [racers[0].response()] * 20
-            await until(lambda: len(server._websocket_to_client) == 2 and not server._closing)
+            await until(lambda: len(server._websocket_to_client) == 2)
             await peer.say(peer.offer(A))
             address = holder(server, A).websocket.remote_address
             (winner,) = [r for r in racers if r.websocket.local_address == address]
@@ -392,6 +417,7 @@ async def test_of_those_that_race_for_a_uuid_one_wins_and_is_reachable():
         assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
 
 
+@both_ways
 @run_async
 async def test_a_displaced_client_does_not_displace_in_turn():
     async with (
@@ -405,6 +431,7 @@ async def test_a_displaced_client_does_not_displace_in_turn():
         assert await new.ask(new.registration()) == new.response()
 
 
+@both_ways
 @run_async
 async def test_the_registration_of_the_next_survives_the_end_of_the_last():
     async with running_relay() as server, registered(server, B) as peer:
@@ -414,6 +441,7 @@ async def test_the_registration_of_the_next_survives_the_end_of_the_last():
             await exchange(new, peer)
 
 
+@both_ways
 @run_async
 async def test_a_message_before_registration_is_refused():
     async with running_relay() as server, connected(server) as peer:
@@ -421,6 +449,7 @@ async def test_a_message_before_registration_is_refused():
         assert await peer.ask(peer.offer(B)) == peer.response('client has not registered yet')
 
 
+@both_ways
 @pytest.mark.parametrize('one', GENERATIONS)
 @pytest.mark.parametrize('other', GENERATIONS)
 @run_async
@@ -430,6 +459,7 @@ async def test_peers_of_every_generation_meet(one, other):
             await exchange(first, second)
 
 
+@both_ways
 @pytest.mark.parametrize(
     'text',
     [
@@ -458,12 +488,14 @@ async def test_the_text_of_a_forwarded_message_is_the_text_received(text):
         assert await other.websocket.recv() == text
 
 
+@both_ways
 @run_async
 async def test_a_client_may_send_to_itself():
     async with running_relay() as server, registered(server, A) as peer:
         assert await peer.ask(peer.offer(A)) == peer.offer(A)
 
 
+@both_ways
 @both_generations
 @run_async
 async def test_a_message_to_nobody_comes_back(generation):
@@ -471,6 +503,7 @@ async def test_a_message_to_nobody_comes_back(generation):
         assert await peer.ask(peer.offer(B)) == peer.offer(B, error=unknown(B))
 
 
+@both_ways
 @run_async
 async def test_a_peer_that_has_left_is_unknown():
     async with running_relay() as server, registered(server, A) as peer:
@@ -479,6 +512,7 @@ async def test_a_peer_that_has_left_is_unknown():
         assert 'unknown' in (await peer.ask(peer.offer(B)))['error']
 
 
+@both_ways
 @run_async
 async def test_a_forged_source_comes_back_and_is_not_delivered():
     async with (
@@ -494,6 +528,7 @@ async def test_a_forged_source_comes_back_and_is_not_delivered():
         assert await other.hear() == one.offer(B)
 
 
+@both_ways
 @run_async
 async def test_a_message_that_cannot_come_back_whole_comes_back_without_its_text():
     async with running_relay() as server, registered(server, A) as peer:
@@ -507,6 +542,7 @@ async def test_a_message_that_cannot_come_back_whole_comes_back_without_its_text
         )
 
 
+@both_ways
 @pytest.mark.parametrize('letter', ['x', '\U0001f600'])
 @run_async
 async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded(letter):
@@ -525,6 +561,7 @@ async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded(letter):
             stalled.websocket.transport.resume_reading()
 
 
+@both_ways
 @run_async
 async def test_a_peer_that_reads_again_gets_what_was_taken_and_what_comes():
     async with (
@@ -542,6 +579,7 @@ async def test_a_peer_that_reads_again_gets_what_was_taken_and_what_comes():
             heard = await slow.hear()
 
 
+@both_ways
 @run_async
 async def test_a_message_longer_than_the_backlog_is_taken_when_nothing_waits(monkeypatch):
     monkeypatch.setattr(relay, 'MAX_BACKLOG', 10)
@@ -553,6 +591,7 @@ async def test_a_message_longer_than_the_backlog_is_taken_when_nothing_waits(mon
         await exchange(one, other)
 
 
+@both_ways
 @malformed
 @run_async
 async def test_what_is_not_a_message_ends_neither_connection_nor_registration(text, reason):
@@ -567,6 +606,7 @@ async def test_what_is_not_a_message_ends_neither_connection_nor_registration(te
         await exchange(one, other)
 
 
+@both_ways
 @both_generations
 @run_async
 async def test_a_refusal_is_in_the_words_of_the_registration(generation):
@@ -575,6 +615,7 @@ async def test_a_refusal_is_in_the_words_of_the_registration(generation):
         assert answer == peer.response(answer['message'])
 
 
+@both_ways
 @pytest.mark.parametrize('name', ['server_response', 'relay_response'])
 @run_async
 async def test_a_response_from_a_client_is_refused(name):
@@ -583,6 +624,7 @@ async def test_a_response_from_a_client_is_refused(name):
         assert answer == peer.response(answer['message'])
 
 
+@both_ways
 @run_async
 async def test_a_frame_over_the_limit_closes_its_connection_with_1009():
     async with running_relay() as server, registered(server, A) as peer:
@@ -591,6 +633,7 @@ async def test_a_frame_over_the_limit_closes_its_connection_with_1009():
         await until(lambda: not server._uuid_to_client)
 
 
+@both_ways
 @run_async
 async def test_a_new_client_hears_the_answer_first_and_each_message_has_one_verdict():
     async with running_relay() as server, registered(server, A) as sender:
@@ -680,14 +723,13 @@ async def test_whatever_ends_a_connection_ends_its_registration(leave, caplog):
                 await until(lambda: not holder(server, A))
             assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
             assert list(server._websocket_to_client) == [holder(server, B).websocket]
-            assert not server._closing
         assert not server._websocket_to_client and not server._refusals
         assert [line for line in lines() if line.startswith(f'Unregistered {A}')]
 
 
 @run_async
 async def test_a_defect_is_logged_and_ends_only_its_own_connection(caplog, monkeypatch):
-    async def broken(*_):
+    def broken(_):
         raise ZeroDivisionError
 
     async with (
@@ -696,10 +738,10 @@ async def test_a_defect_is_logged_and_ends_only_its_own_connection(caplog, monke
         registered(server, B) as other,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(server, 'connect', broken)
+            patch.setattr(relay, 'decode', broken)
             await one.say(one.offer(B))
             assert await one.closed_with() == CloseCode.INTERNAL_ERROR
-        assert list(server._uuid_to_client) == [('', B)]
+        await until(lambda: list(server._uuid_to_client) == [('', B)])
         await exchange(other, other)
     assert [r.exc_info[0] for r in caplog.records if r.name == 'relay'] == [ZeroDivisionError]
 
@@ -1435,39 +1477,55 @@ async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
             assert heard == messages
 
 
+def paced(server, monkeypatch, clock):
+    """Have a relay wait for nothing; returns the list that what it would wait is put into."""
+    waits, pace = [], server.pace
+
+    def note(client):
+        waits.append(pace(client))
+        return 0
+
+    monkeypatch.setattr(server, 'pace', note)
+    monkeypatch.setattr(relay, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    return waits
+
+
+@both_ways
 @run_async
 async def test_messages_are_read_at_the_rate(monkeypatch):
-    waits = []
-
-    async def wait(seconds):
-        waits.append(seconds)
-
     async with running_relay(rate=10) as server:
         # With the clock at a stand, the waits add up.
-        monkeypatch.setattr(relay, 'time', SimpleNamespace(monotonic=lambda: 1000.0))
-        monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(**{**vars(asyncio), 'sleep': wait}))
+        waits = paced(server, monkeypatch, [1000.0])
         async with registered(server, A) as fast:
             for _ in range(20):
                 await fast.ask(fast.registration())
     assert waits[:20] == pytest.approx([n / 10 for n in range(20)])
 
 
+@both_ways
 @run_async
 async def test_a_client_that_was_silent_may_send_a_burst(monkeypatch):
-    clock, waits = [1000.0], []
-
-    async def wait(seconds):
-        waits.append(seconds)
-
+    clock = [1000.0]
     async with running_relay(rate=100) as server:
-        monkeypatch.setattr(relay, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
-        monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(**{**vars(asyncio), 'sleep': wait}))
+        waits = paced(server, monkeypatch, clock)
         async with registered(server, A) as peer:
             clock[0] += 3600
             waits.clear()
             for _ in range(12):
                 await peer.ask(peer.registration())
     assert waits[:9] == [0] * 9 and waits[11] > 0
+
+
+@run_async
+async def test_the_next_message_waits_for_its_time(monkeypatch):
+    async with running_relay() as server, registered(server, A) as peer:
+        monkeypatch.setattr(server, 'pace', lambda client: 60)
+        await peer.say(peer.offer(A))
+        await peer.say(peer.offer(A))
+        assert await peer.hear() == peer.offer(A)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(peer.hear(), 0.1)
+        await server.unregister(holder(server, A).websocket, expected=True)
 
 
 @run_async
@@ -2323,7 +2381,7 @@ async def test_clients_that_come_and_go_in_every_way_leave_nothing_behind():
                     number % 3
                 ](peer)
         await until(lambda: not server._websocket_to_client)
-        assert not server._uuid_to_client and not server._refusals and not server._closing
+        assert not server._uuid_to_client and not server._refusals
         await until(lambda: len(os.listdir('/proc/self/fd')) <= before)
         # websockets may be at the last of them still.
         await until(lambda: not clients_named('who leaves'))
