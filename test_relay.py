@@ -79,6 +79,7 @@ async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limit
     async with listening as listener:
         port = listener.sockets[0].getsockname()[1]
         server.url = f'{"wss" if tls else "ws"}://127.0.0.1:{port}/'
+        server.listener = listener
         yield server
 
 
@@ -1104,6 +1105,11 @@ def pem(tmp_path_factory):
     (folder / 'both.pem').write_text(both)
     (folder / 'text.pem').write_text('This is no certificate.\n')
     return folder
+
+
+@pytest.fixture
+def tls(pem):
+    return relay._tls(str(pem / 'both.pem'), None)
 
 
 def trusting(pem):
@@ -2166,6 +2172,796 @@ def test_a_check_that_is_interrupted_is_one_line():
     assert process.returncode == 1
 
 
+# ------------------------------------------------------------------------------- Connection
+
+HANDSHAKE = (
+    b'GET / HTTP/1.1\r\nHost: relay\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n'
+    b'Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n'
+)
+CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+LAST = 0x80  # the bit of a message's last frame
+KEY = b'\x5a\xc3\0\x81'
+
+
+def frame_of(opcode, data=b'', head=LAST, length=None):
+    """Return the bytes of a client's frame; its length may be a lie."""
+    size = len(data) if length is None else length
+    if size < 126:
+        sizes = bytes([LAST | size])
+    else:
+        form, octets = (126, 2) if size < 2**16 else (127, 8)
+        sizes = bytes([LAST | form]) + size.to_bytes(octets, 'big')
+    mask = KEY * (len(data) // 4 + 1)
+    masked = int.from_bytes(data, 'big') ^ int.from_bytes(mask[: len(data)], 'big')
+    return bytes([head | opcode]) + sizes + KEY + masked.to_bytes(len(data), 'big')
+
+
+def said(message):
+    """Return the bytes of a client's message."""
+    return frame_of(TEXT, message.encode() if isinstance(message, str) else message)
+
+
+def code_of(code, reason=b''):
+    return code.to_bytes(2, 'big') + reason
+
+
+class Wire:
+    """A client that writes bytes, over TLS if it has a context, and reads frames."""
+
+    def __init__(self, reader, writer, tls=None):
+        self.reader, self.writer = reader, writer
+        self.sent, self.received = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = tls and tls.wrap_bio(self.received, self.sent, server_hostname='localhost')
+        self.peer = Peer(None, uuid4(), 'wire')
+
+    def send(self, *data):
+        data = b''.join(data)
+        if self.tls:
+            self.tls.write(data)
+            data = self.sent.read()
+        self.writer.write(data)
+
+    async def step(self, call, *args):
+        """Do what OpenSSL asks for until it has done something."""
+        while True:
+            try:
+                return call(*args)
+            except ssl.SSLWantReadError:
+                self.writer.write(self.sent.read())
+                data = await self.reader.read(2**16)
+                self.received.write(data) if data else self.received.write_eof()
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b''
+
+    async def read(self, size):
+        """Read so many bytes, fewer only at the end."""
+        data = b''
+        while len(data) < size:
+            if self.tls:
+                more = await self.step(self.tls.read, size - len(data))
+            else:
+                more = await self.reader.read(size - len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    async def open(self):
+        self.send(HANDSHAKE)
+        answer = b''
+        while not answer.endswith(b'\r\n\r\n'):
+            answer += await self.read(1)
+        assert answer.startswith(b'HTTP/1.1 101 ')
+        return self
+
+    async def register(self):
+        self.send(said(json.dumps(self.peer.registration())))
+        assert await self.hear() == self.peer.response()
+        return self
+
+    async def frame(self):
+        """Read a frame: its opcode and its data, or nothing at the end."""
+        head = await self.read(2)
+        if not head:
+            return None
+        size = head[1]
+        assert head[0] & 0x70 == 0 and size < 128
+        if size > 125:
+            size = int.from_bytes(await self.read(2 if size == 126 else 8), 'big')
+        return head[0] & 0x0F, await self.read(size)
+
+    async def hear(self):
+        opcode, data = await self.frame()
+        assert opcode == TEXT
+        return json.loads(data)
+
+    async def end(self):
+        """Read to the end: return what came before the close, and its code, None without."""
+        frames, frame = [], await self.frame()
+        while frame and frame[0] != CLOSE:
+            frames.append(frame)
+            frame = await self.frame()
+        if frame is None:
+            return frames, None
+        # Nothing comes after a close, and the relay ends what it has to say.
+        assert await self.read(1) == b''
+        return frames, int.from_bytes(frame[1][:2], 'big')
+
+    def finish(self):
+        """End what is written, and go on reading."""
+        self.writer.write_eof()
+
+    def reset(self):
+        sock = self.writer.get_extra_info('socket')
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        self.writer.transport.abort()
+
+    def stall(self):
+        self.writer.transport.pause_reading()
+
+
+@contextlib.asynccontextmanager
+async def wired(server, tls=None, opened=True, narrow=False):
+    """Connect to a relay with bytes; a narrow client has little room for what it does not read."""
+    sock = socket.socket()
+    if narrow:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.connect(('127.0.0.1', port_of(server)))
+    reader, writer = await asyncio.open_connection(sock=sock)
+    wire = Wire(reader, writer, tls)
+    if tls:
+        await wire.step(wire.tls.do_handshake)
+    try:
+        yield await wire.open() if opened else wire
+    finally:
+        writer.transport.abort()
+
+
+async def alone(server, peer):
+    """Wait until nothing is left of anybody but one peer, who goes on."""
+    only = [holder(server, peer.uuid).websocket]
+    await until(lambda: list(server.listener.connections) == only)
+    assert list(server._websocket_to_client) == only and len(server._uuid_to_client) == 1
+    await exchange(peer, peer)
+
+
+async def piecemeal(server, wire, data, cut):
+    """Have the relay read a beginning before the rest comes."""
+    connection = await relay_side(server, wire)
+    heard = connection.heard
+    wire.send(data[:cut])
+    while connection.heard == heard:
+        await asyncio.sleep(0)
+    wire.send(data[cut:])
+
+
+async def relay_side(server, wire):
+    """Return the relay's connection to a client, once it is made."""
+    mine = wire.writer.get_extra_info('sockname')
+    while True:
+        for connection in server.listener.connections:
+            if connection.remote_address == mine:
+                return connection
+        await asyncio.sleep(0)
+
+
+def cuts(data):
+    """Where to cut a frame: at every byte, but for what lies deep in a long one."""
+    return [cut for cut in range(1, len(data)) if cut < 40 or cut > len(data) - 4]
+
+
+# By name: bytes, and the frames they are answered with.
+NOT_JSON = 'not JSON: Expecting value: line 1 column 1 (char 0)'
+WELL_FORMED = {
+    'a text': (said('x'), [NOT_JSON]),
+    'an empty text': (said(''), [NOT_JSON]),
+    'a longer text': (said('x' * 126), [NOT_JSON]),
+    'a long text': (said('x' * 2**16), [NOT_JSON]),
+    'a length longer than it need be': (b'\x81\xff' + bytes(7) + b'\1\0\0\0\0x', [NOT_JSON]),
+    'a text of letters of two bytes': (said('\u00e9\u00e9'), [NOT_JSON]),
+    'a letter in two fragments': (
+        frame_of(TEXT, b'\xc3', 0) + frame_of(CONT, b'\xa9'),
+        [NOT_JSON],
+    ),
+    'a text in fragments': (
+        frame_of(TEXT, b'x', 0) + frame_of(CONT, b'', 0) + frame_of(CONT, b'y'),
+        [NOT_JSON],
+    ),
+    'pings and pongs between fragments': (
+        frame_of(TEXT, b'x', 0)
+        + frame_of(PING, b'1')
+        + frame_of(PONG, b'2')
+        + frame_of(CONT, b'y', 0)
+        + frame_of(PING, b'3')
+        + frame_of(CONT),
+        [b'1', b'3', NOT_JSON],
+    ),
+    'a binary message': (
+        frame_of(BINARY, b'\xff'),
+        ['a message comes in a text frame, not in a binary one'],
+    ),
+    'a binary message in fragments': (
+        frame_of(BINARY, b'\xff', 0) + frame_of(CONT, b'\xff'),
+        ['a message comes in a text frame, not in a binary one'],
+    ),
+    'a ping': (frame_of(PING, b'pong'), [b'pong']),
+    'an empty ping': (frame_of(PING), [b'']),
+    'a long ping': (frame_of(PING, b'x' * 125), [b'x' * 125]),
+    'a pong that nobody asked for': (frame_of(PONG, b'?'), []),
+}
+
+
+async def answered(wire, answers):
+    """See that answers come: reasons in texts, and pongs."""
+    for answer in answers:
+        if isinstance(answer, bytes):
+            assert await wire.frame() == (PONG, answer)
+        else:
+            assert await wire.hear() == wire.peer.response(answer)
+
+
+@run_async
+async def test_a_request_may_come_in_pieces():
+    async with running_relay() as server:
+        for cut in range(1, len(HANDSHAKE)):
+            async with wired(server, opened=False) as wire:
+                await piecemeal(server, wire, HANDSHAKE, cut)
+                assert (await wire.read(13)) == b'HTTP/1.1 101 '
+        await until(lambda: not server.listener.connections)
+
+
+@pytest.mark.parametrize('data, answers', WELL_FORMED.values(), ids=WELL_FORMED)
+@run_async
+async def test_a_frame_may_come_in_pieces(data, answers):
+    async with running_relay() as server, wired(server) as wire:
+        for cut in cuts(data):
+            await piecemeal(server, wire, data, cut)
+            await answered(wire, answers)
+        wire.send(frame_of(PING, b'still here'))
+        assert await wire.frame() == (PONG, b'still here')
+
+
+@run_async
+async def test_many_frames_may_come_at_once():
+    async with running_relay() as server, wired(server) as wire:
+        data, answers = zip(*WELL_FORMED.values())
+        wire.send(*data * 20)
+        heard = []
+        while len(heard) < 20 * sum(map(len, answers)):
+            opcode, answer = await wire.frame()
+            heard.append(answer if opcode == PONG else json.loads(answer)['message'])
+        # Pongs may come before the answers to what came before, as the RFC has it.
+        for kind in (bytes, str):
+            expected = [a for some in answers for a in some if isinstance(a, kind)] * 20
+            assert [a for a in heard if isinstance(a, kind)] == expected
+
+
+# What a close may hold.
+CLOSES = {
+    'without a code': b'',
+    **{f'with {code}': code_of(code, b'why') for code in (1000, 1001, 1011, 3000, 4999)},
+    'with a long reason': code_of(1000, b'x' * 123),
+}
+
+
+@pytest.mark.parametrize('data', CLOSES.values(), ids=CLOSES)
+@run_async
+async def test_a_close_is_echoed_wherever_it_is_cut(data):
+    async with running_relay() as server, registered(server, A) as peer:
+        for cut in cuts(frame_of(CLOSE, data)):
+            async with wired(server) as wire:
+                await piecemeal(server, wire, frame_of(CLOSE, data), cut)
+                assert await wire.frame() == (CLOSE, data)
+                assert await wire.read(1) == b''
+                wire.writer.close()
+        await alone(server, peer)
+
+
+# By name: bytes that a connection is closed for, and with what code.
+BROKEN = {
+    'an unmasked text': (b'\x81\x02{}', 1002),
+    'an unmasked ping': (b'\x89\0', 1002),
+    'an unmasked close': (b'\x88\0', 1002),
+    **{f'reserved bit {n}': (frame_of(TEXT, b'{}', LAST | n), 1002) for n in (64, 32, 16)},
+    **{
+        f'reserved opcode {opcode}': (frame_of(opcode, b'{}'), 1002)
+        for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
+    },
+    **{
+        f'{fault} {name}': (frame_of(opcode, b'\3\xe8' + b'x' * size, head), 1002)
+        for name, opcode in (('close', CLOSE), ('ping', PING), ('pong', PONG))
+        for fault, size, head in (('too long a', 124, LAST), ('a fragment of a', 0, 0))
+    },
+    'a continuation of nothing': (frame_of(CONT, b'{}'), 1002),
+    'a continuation of what has ended': (
+        frame_of(TEXT, b'{', 0) + frame_of(CONT, b'}') + frame_of(CONT, b'{}'),
+        1002,
+    ),
+    'a text inside a text': (frame_of(TEXT, b'{', 0) + frame_of(TEXT, b'}'), 1002),
+    'a binary message inside a text': (frame_of(TEXT, b'{', 0) + frame_of(BINARY, b'}'), 1002),
+    'a close inside a text': (frame_of(TEXT, b'{', 0) + frame_of(CLOSE, code_of(1000)), 1002),
+    'bytes that are no UTF-8': (said(b'{\xff}'), 1007),
+    'a letter that ends too early': (said(b'"\xe2\x82'), 1007),
+    'a letter longer than it need be': (said(b'"\xc0\xaf"'), 1007),
+    'half of a surrogate pair': (said(b'"\xed\xa0\x80"'), 1007),
+    'no UTF-8 in fragments': (frame_of(TEXT, b'\xe2\x82', 0) + frame_of(CONT, b'}'), 1007),
+    'half a letter in fragments': (frame_of(TEXT, b'\xe2', 0) + frame_of(CONT, b'\x82'), 1007),
+    'one byte too many': (frame_of(TEXT, length=2**20 + 1), 1009),
+    'far too many bytes': (frame_of(TEXT, length=2**63 - 1), 1009),
+    'more bytes than there can be': (frame_of(BINARY, length=2**64 - 1), 1009),
+    'one byte too many in fragments': (
+        frame_of(TEXT, b'x' * 1000, 0) + frame_of(CONT, length=2**20 - 999),
+        1009,
+    ),
+    **{
+        f'a close with {code}': (frame_of(CLOSE, code_of(code)), 1002)
+        for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535)
+    },
+    'a close with half a code': (frame_of(CLOSE, b'\3'), 1002),
+    'a close with a reason that is no UTF-8': (frame_of(CLOSE, code_of(1000, b'\xff')), 1007),
+}
+
+
+@pytest.mark.parametrize('data, code', BROKEN.values(), ids=BROKEN)
+@run_async
+async def test_what_breaks_the_rules_is_closed_with_its_code_and_the_rest_does_nothing(data, code):
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            more = said(json.dumps(wire.peer.offer(A)))
+            # The message before it counts, those after it do not.
+            wire.send(more, data, more)
+            assert await wire.end() == ([], code)
+            wire.send(more)
+            wire.writer.close()
+            assert await peer.hear() == wire.peer.offer(A)
+        # It would hear of an offer before that of its own.
+        await alone(server, peer)
+
+
+@run_async
+async def test_after_its_close_nothing_that_a_client_says_does_anything():
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            more = said(json.dumps(wire.peer.offer(A))) + frame_of(PING) + b'\xff\xff'
+            wire.send(frame_of(CLOSE, code_of(1000)), more)
+            wire.send(more)
+            assert await wire.end() == ([], 1000)
+            wire.writer.close()
+        await alone(server, peer)
+
+
+@run_async
+async def test_after_the_close_of_the_relay_nothing_that_a_client_says_does_anything():
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            await server.unregister(holder(server, wire.peer.uuid).websocket, expected=True)
+            wire.send(said(json.dumps(wire.peer.registration())))
+            wire.send(said(json.dumps(wire.peer.offer(A))), said(b'\xff'), frame_of(PING, b'?'))
+            assert await wire.frame() == (CLOSE, code_of(1000))
+            assert await wire.frame() == (PONG, b'?')
+            wire.send(frame_of(CLOSE, code_of(1000)))
+            assert await wire.frame() is None
+            wire.writer.close()
+        await alone(server, peer)
+
+
+@pytest.mark.parametrize('rate', [0, 200])
+@pytest.mark.parametrize('end', [frame_of(CLOSE, code_of(1000)), b''], ids=['close', 'EOF'])
+@run_async
+async def test_what_a_close_or_an_end_follows_at_once_is_forwarded(rate, end):
+    async with running_relay(rate=rate) as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            offers = [wire.peer.offer(A, description=str(n)) for n in range(40)]
+            wire.send(*[said(json.dumps(offer)) for offer in offers], end)
+            wire.finish()
+            assert [await peer.hear() for _ in offers] == offers
+        await alone(server, peer)
+
+
+@run_async
+async def test_what_the_end_of_tls_follows_at_once_is_forwarded(tls, pem):
+    trust = trusting(pem)
+    async with running_relay(tls) as server, registered(server, A, ssl=trust) as peer:
+        async with wired(server, trust) as wire:
+            await wire.register()
+            wire.tls.write(said(json.dumps(wire.peer.offer(A))))
+            wire.tls.write(frame_of(CLOSE, code_of(1000)))
+            await tells_the_end_of_tls(wire)
+            assert await peer.hear() == wire.peer.offer(A)
+        await alone(server, peer)
+
+
+@pytest.mark.parametrize('cut', [0, 1, 2**19])
+@run_async
+async def test_a_message_may_have_as_many_bytes_as_the_limit(cut):
+    async with running_relay() as server, wired(server) as wire:
+        await wire.register()
+        text = json.dumps(wire.peer.offer(wire.peer.uuid)).encode().ljust(2**20)
+        wire.send(frame_of(TEXT, text[:cut], 0), frame_of(CONT, text[cut:]))
+        assert await wire.frame() == (TEXT, text)
+
+
+@pytest.mark.parametrize('size', [2**13, 2**17, 2**23])
+@run_async
+async def test_a_request_too_long_is_refused_and_ended(size, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(close_timeout=0.1) as server, registered(server, A) as peer:
+            async with wired(server, opened=False) as wire:
+                await relay_side(server, wire)
+                wire.send(HANDSHAKE[:-2], b'X: ' + b'x' * size + b'\r\n\r\n')
+                # It does not read, and does not close.
+                await alone(server, peer)
+                with contextlib.suppress(ConnectionError):
+                    assert b'HTTP/1.1 101' not in await wire.reader.read()
+
+
+# What a client may do once it has registered, in place of a proper end.
+ENDINGS = []
+
+
+def an_ending(ending):
+    ENDINGS.append(ending)
+    return ending
+
+
+@an_ending
+async def ends_without_a_close(server, wire):
+    wire.finish()
+
+
+@an_ending
+async def closes_without_an_end(server, wire):
+    wire.send(frame_of(CLOSE, code_of(1000)))
+    assert await wire.end() == ([], 1000)
+
+
+@an_ending
+async def closes_and_does_not_read(server, wire):
+    await leave_unread(server, wire)
+    wire.send(frame_of(CLOSE, code_of(1000)))
+
+
+@an_ending
+async def breaks_the_rules_without_an_end(server, wire):
+    wire.send(b'\xff\xff')
+    assert await wire.end() == ([], 1002)
+
+
+@an_ending
+async def breaks_the_rules_and_does_not_read(server, wire):
+    await leave_unread(server, wire)
+    wire.send(b'\xff\xff')
+
+
+@an_ending
+async def does_not_answer_a_close(server, wire):
+    await server.unregister(holder(server, wire.peer.uuid).websocket, expected=True)
+    assert await wire.frame() == (CLOSE, code_of(1000))
+
+
+@an_ending
+async def does_not_read_a_close(server, wire):
+    await leave_unread(server, wire)
+    await server.unregister(holder(server, wire.peer.uuid).websocket, expected=True)
+
+
+@an_ending
+async def goes_on_after_a_close(server, wire):
+    await does_not_answer_a_close(server, wire)
+    wire.send(said('x') * 2**14)
+
+
+@an_ending
+async def answers_no_ping(server, wire):
+    wire.stall()
+
+
+@an_ending
+async def answers_no_ping_and_does_not_read(server, wire):
+    await leave_unread(server, wire)
+
+
+@an_ending
+async def ends_in_the_middle_of_a_frame(server, wire):
+    wire.send(said('x' * 300)[:99])
+    wire.finish()
+
+
+@an_ending
+async def ends_in_the_middle_of_a_message(server, wire):
+    wire.send(frame_of(TEXT, b'x', 0))
+    wire.finish()
+
+
+@an_ending
+async def resets(server, wire):
+    wire.reset()
+
+
+@an_ending
+async def resets_in_the_middle_of_a_frame(server, wire):
+    wire.send(said('x' * 300)[:99])
+    wire.reset()
+
+
+@an_ending
+async def resets_after_its_close(server, wire):
+    wire.send(frame_of(CLOSE, code_of(1000)))
+    wire.reset()
+
+
+@an_ending
+async def resets_after_the_echo_of_its_close(server, wire):
+    await closes_without_an_end(server, wire)
+    wire.reset()
+
+
+@an_ending
+async def resets_after_a_close(server, wire):
+    await does_not_answer_a_close(server, wire)
+    wire.reset()
+
+
+@an_ending
+async def resets_and_does_not_read(server, wire):
+    await leave_unread(server, wire)
+    wire.reset()
+
+
+async def leave_unread(server, wire):
+    """Have more wait for a client than the kernel holds."""
+    wire.stall()
+    transport = (await relay_side(server, wire)).transport
+    while not transport.get_write_buffer_size():
+        # It comes back.
+        wire.send(said(json.dumps(wire.peer.offer(C, description='x' * 2**16))))
+        await asyncio.sleep(0)
+
+
+ENDINGS_WITHOUT_AN_END = [
+    closes_without_an_end,
+    breaks_the_rules_without_an_end,
+    does_not_answer_a_close,
+]
+SOON = {'open_timeout': 0.1, 'close_timeout': 0.1, 'ping_interval': 0.1, 'ping_timeout': 0.1}
+
+
+@pytest.mark.parametrize('ending', ENDINGS)
+@run_async
+async def test_whatever_a_client_does_its_connection_ends_in_time(ending, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(**SOON) as server, registered(server, A) as peer:
+            async with wired(server, narrow=True) as wire:
+                await wire.register()
+                await ending(server, wire)
+                await asyncio.wait_for(alone(server, peer), 1)
+
+
+@run_async
+async def test_a_client_that_does_not_end_has_the_time_that_it_is_given():
+    for ending in (
+        closes_without_an_end,
+        breaks_the_rules_without_an_end,
+        does_not_answer_a_close,
+    ):
+        async with running_relay(close_timeout=0.1) as server, registered(server, A) as peer:
+            async with wired(server) as wire:
+                await wire.register()
+                began = time.monotonic()
+                await ending(server, wire)
+                await alone(server, peer)
+                assert time.monotonic() - began > 0.09
+
+
+@pytest.mark.parametrize('size', [0, 1, 60, len(HANDSHAKE)])
+@pytest.mark.parametrize('leave', [Wire.reset, Wire.finish, Wire.stall])
+@run_async
+async def test_a_handshake_that_is_given_up_leaves_nothing(size, leave, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(**SOON) as server, registered(server, A) as peer:
+            async with wired(server, opened=False) as wire:
+                await relay_side(server, wire)
+                wire.send(HANDSHAKE[:size])
+                leave(wire)
+                await asyncio.wait_for(alone(server, peer), 1)
+
+
+@run_async
+async def test_clients_that_end_in_whatever_way_leave_nothing_in_memory(monkeypatch):
+    # What pytest keeps of the log would hold them.
+    monkeypatch.setattr(relay.logger, 'disabled', True)
+    gc.collect()
+    before = len(os.listdir('/proc/self/fd'))
+    async with running_relay(**SOON) as server:
+        async with contextlib.AsyncExitStack() as stack:
+            for ending in ENDINGS:
+                wire = await stack.enter_async_context(wired(server, narrow=True))
+                await ending(server, await wire.register())
+            for size in (0, 1, 60):
+                wire = await stack.enter_async_context(wired(server, opened=False))
+                wire.send(HANDSHAKE[:size])
+            for data, _ in BROKEN.values():
+                (await stack.enter_async_context(wired(server))).send(data)
+            await until(lambda: not server.listener.connections)
+        assert not server._websocket_to_client and not server._refusals.keys() - {None}
+        await until(lambda: len(os.listdir('/proc/self/fd')) <= before + 1)
+        assert remembered() == []
+    await until(lambda: len(os.listdir('/proc/self/fd')) <= before)
+
+
+@run_async
+async def test_clients_that_are_lost_leave_no_timer(monkeypatch):
+    monkeypatch.setattr(relay.logger, 'disabled', True)
+    async with running_relay() as server:
+        for ending in (resets, resets_after_its_close, resets_after_a_close):
+            async with wired(server) as wire:
+                await ending(server, await wire.register())
+        for data in (b'GET / HTTP/1.1', HANDSHAKE, b'?\r\n\r\n'):
+            async with wired(server, opened=False) as wire:
+                await relay_side(server, wire)
+                wire.send(data)
+                await exchange_with_nobody(server)
+                wire.reset()
+        await until(lambda: not server.listener.connections)
+        # What waits to be called would hold them, for ten seconds and more.
+        assert remembered() == []
+
+
+async def exchange_with_nobody(server):
+    """Wait until the relay has dealt with what has come."""
+    async with connected(server) as other:
+        await other.ask('x')
+
+
+def remembered():
+    """Return the connections and the clients that are in memory."""
+    gc.collect()
+    kinds = relay.Connection, relay.Client
+    return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+
+
+@run_async
+async def test_a_peer_that_reads_a_byte_at_a_time_does_not_hurt_others():
+    async with running_relay() as server:
+        async with registered(server, A) as one, registered(server, B) as other:
+            async with wired(server, narrow=True) as slow:
+                await slow.register()
+                slow.stall()
+                message = one.offer(slow.peer.uuid, description='x' * 2**16)
+                sock = slow.writer.get_extra_info('socket')
+                for _ in range(100):
+                    await one.say(message)
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(sock.fileno(), 1)
+                    await exchange_with_oneself(one)
+                    await exchange_with_oneself(other)
+                size = (await relay_side(server, slow)).transport.get_write_buffer_size()
+                assert size <= relay.MAX_BACKLOG
+
+
+@pytest.mark.parametrize('text', ['x', None])
+@run_async
+async def test_a_client_that_does_not_read_what_it_is_answered_is_read_no_more(text):
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server, narrow=True) as wire:
+            await wire.register()
+            wire.stall()
+            data = said(text or json.dumps(wire.peer.offer(C, description='x' * 2**14)))
+            count = 2**15 if text else 2**9
+            wire.send(data * count)
+            connection = await relay_side(server, wire)
+            await until(lambda: connection.held)
+            for _ in range(20):
+                await exchange(peer, peer)
+                assert connection.transport.get_write_buffer_size() < 1.5 * relay.MAX_BACKLOG
+                assert len(connection.input) <= relay.RECEIVE_BUFFER
+            # When it reads in the end, nothing is lost.
+            wire.writer.transport.resume_reading()
+            opcode, first = await wire.frame()
+            assert opcode == TEXT and json.loads(first)['error']
+            rest = await wire.reader.readexactly((len(first) + 4) * (count - 1))
+            assert rest.count(first) == count - 1
+
+
+@run_async
+async def test_a_client_that_is_held_for_its_rate_is_not_given_up():
+    async with running_relay(rate=20, ping_interval=0.05, ping_timeout=0.05) as server:
+        async with wired(server) as wire:
+            wire.send(said('x') * 12)
+            for _ in range(12):
+                while (await wire.frame())[0] == PING:
+                    wire.send(frame_of(PONG))
+            wire.send(frame_of(CLOSE, code_of(1000)))
+            assert (await wire.end())[1] == 1000
+
+
+async def tells_the_end_of_tls(wire):
+    """Send close_notify, and do not close the connection."""
+    with contextlib.suppress(ssl.SSLWantReadError):
+        wire.tls.unwrap()
+    wire.writer.write(wire.sent.read())
+
+
+async def truncates(wire):
+    wire.finish()
+
+
+async def truncates_a_record(wire):
+    wire.tls.write(said('x' * 300))
+    wire.writer.write(wire.sent.read()[:99])
+    wire.finish()
+
+
+async def sends_no_record(wire):
+    wire.writer.write(b'GET / HTTP/1.1\r\n\r\n')
+
+
+async def closes(wire):
+    wire.send(frame_of(CLOSE, code_of(1000)))
+    assert await wire.end() == ([], 1000)
+
+
+async def closes_and_tells_the_end_of_tls(wire):
+    wire.send(frame_of(CLOSE, code_of(1000)))
+    await tells_the_end_of_tls(wire)
+
+
+async def breaks_the_rules(wire):
+    wire.send(b'\xff\xff')
+    assert await wire.end() == ([], 1002)
+
+
+async def resets_tls(wire):
+    wire.reset()
+
+
+TLS_ENDINGS = [tells_the_end_of_tls, truncates, truncates_a_record, sends_no_record, resets_tls]
+TLS_ENDINGS += [closes, closes_and_tells_the_end_of_tls, breaks_the_rules]
+
+
+@pytest.mark.parametrize('ending', TLS_ENDINGS)
+@run_async
+async def test_whatever_a_tls_client_does_its_connection_ends_in_time(ending, tls, pem, caplog):
+    trust = trusting(pem)
+    with logged(caplog, 'INFO'):
+        async with running_relay(tls, **SOON) as server, registered(server, A, ssl=trust) as peer:
+            async with wired(server, trust) as wire:
+                await wire.register()
+                await ending(wire)
+                await asyncio.wait_for(alone(server, peer), 1)
+
+
+@pytest.mark.parametrize('start', [b'', b'\x16\x03\x01', b'GET / HTTP/1.1\r\n\r\n', bytes(9)])
+@run_async
+async def test_a_client_that_does_not_get_to_tls_goes_in_time(start, tls, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(tls, **SOON) as server:
+            async with wired(server, opened=False) as wire:
+                wire.send(start)
+                with contextlib.suppress(ConnectionError):
+                    await asyncio.wait_for(wire.reader.read(), 1)
+            assert not server.listener.connections
+
+
+@run_async
+async def test_tls_is_not_negotiated_again(tls, pem):
+    async with running_relay(tls) as server, registered(server, A, ssl=trusting(pem)) as peer:
+        client = await asyncio.create_subprocess_exec(
+            *('openssl', 's_client', '-tls1_2', '-connect', f'127.0.0.1:{port_of(server)}'),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        output, _ = await client.communicate(b'R\n')
+        assert b'RENEGOTIATING' in output and b'no renegotiation' in output
+        await exchange(peer, peer)
+
+
 # ------------------------------------------------------------------------------- Attacks
 
 PROBES = {
@@ -2241,7 +3037,7 @@ async def test_tls_is_spoken_from_1_2_on(pem, version, welcome):
                 await open_websocket(server.url, ssl=trust)
 
 
-PING = b'\x89\xfd\0\0\0\0' + bytes(125)
+LONG_PING = b'\x89\xfd\0\0\0\0' + bytes(125)
 
 
 @run_async
@@ -2255,7 +3051,7 @@ async def test_a_flood_of_pings_ends_only_its_own_connection():
         websocket = holder(server, B).websocket
         largest = 0
         while holder(server, B):
-            flood.websocket.transport.write(PING * 4000)
+            flood.websocket.transport.write(LONG_PING * 4000)
             await exchange(one, one)
             largest = max(largest, websocket.transport.get_write_buffer_size())
         assert largest < 2**18
@@ -2266,7 +3062,7 @@ async def test_a_flood_of_pings_ends_only_its_own_connection():
 async def test_pings_that_are_answered_and_read_end_nothing():
     async with running_relay() as server, registered(server, A) as peer:
         for _ in range(20):
-            peer.websocket.transport.write(PING * 1000)
+            peer.websocket.transport.write(LONG_PING * 1000)
             await exchange(peer, peer)
 
 
