@@ -770,8 +770,11 @@ class Connection(asyncio.BufferedProtocol):
             if self.events:
                 self._take(self.events.pop())
                 continue
-            # In pieces: many pings would cost much at once, many messages much memory.
-            piece, self.input = self.input[:MAX_PONGS], self.input[MAX_PONGS:]
+            # In pieces: many pings would cost much at once, many messages much memory. A request
+            # in lines: what comes with it is a frame only once it is accepted.
+            size = 0 if self.ending or self.opened else self.input.find(b'\n') + 1
+            size = size or MAX_PONGS
+            piece, self.input = self.input[:size], self.input[size:]
             self.protocol.receive_data(piece)
             self.events = self.protocol.events_received()[::-1]
             self.flush()

@@ -2586,6 +2586,32 @@ async def test_a_message_may_have_as_many_bytes_as_the_limit(cut):
         assert await wire.frame() == (TEXT, text)
 
 
+# What a client may send with its request, before it is answered.
+EARLY = {
+    'a ping': frame_of(PING),
+    'a close': frame_of(CLOSE),
+    'garbage': b'\xff\xff',
+    'the same again': HANDSHAKE,
+}
+
+
+@pytest.mark.parametrize('early', EARLY.values(), ids=EARLY)
+@run_async
+async def test_what_comes_with_a_request_is_dealt_with_after_it(early, caplog):
+    with logged(caplog):
+        async with running_relay() as server, registered(server, A) as peer:
+            async with wired(server, opened=False) as wire:
+                wire.send(HANDSHAKE, early)
+                assert await wire.read(13) == b'HTTP/1.1 101 '
+                while not (await wire.reader.readline()).isspace():
+                    pass
+                opcode, _ = await wire.frame()
+                assert opcode == (PONG if early == frame_of(PING) else CLOSE)
+            answer = await http(server, b'GET /healthz HTTP/1.1\r\n\r\n' + early)
+            assert answer.startswith(b'HTTP/1.1 200 ') and answer.endswith(b'\r\n\r\nok\n')
+            await alone(server, peer)
+
+
 @pytest.mark.parametrize('size', [2**13, 2**17, 2**23])
 @run_async
 async def test_a_request_too_long_is_refused_and_ended(size, caplog):
