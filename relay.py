@@ -702,6 +702,8 @@ class Connection(asyncio.BufferedProtocol):
         """Close, as the client has."""
         self.protocol.receive_eof()
         self.flush()
+        # What is still to be written may never be read.
+        self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Have nothing left."""
@@ -789,7 +791,11 @@ class Connection(asyncio.BufferedProtocol):
                 self.transport.write_eof()
             else:
                 self.transport.close()
-        if not self.ending and self.protocol.close_expected():
+        if self.protocol.close_expected():
+            self._end()
+
+    def _end(self) -> None:
+        if not self.ending:
             self.ending = True
             self.deadline.cancel()
             self.deadline = self._later('close_timeout')

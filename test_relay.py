@@ -2641,6 +2641,12 @@ async def ends_without_a_close(server, wire):
 
 
 @an_ending
+async def ends_without_a_close_and_does_not_read(server, wire):
+    await leave_unread(server, wire)
+    wire.finish()
+
+
+@an_ending
 async def closes_without_an_end(server, wire):
     wire.send(frame_of(CLOSE, code_of(1000)))
     assert await wire.end() == ([], 1000)
