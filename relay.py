@@ -701,6 +701,8 @@ class Connection(asyncio.BufferedProtocol):
     def eof_received(self) -> None:
         """Close, as the client has."""
         self.protocol.receive_eof()
+        # TLS may end while there is input that is held.
+        self.input = b''
         self.flush()
         # What is still to be written may never be read.
         self._end()

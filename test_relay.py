@@ -2968,6 +2968,19 @@ async def test_whatever_a_tls_client_does_its_connection_ends_in_time(ending, tl
                 await asyncio.wait_for(alone(server, peer), 1)
 
 
+@run_async
+async def test_what_a_tls_client_sent_before_its_end_is_no_error(tls, pem, caplog, monkeypatch):
+    with logged(caplog, 'INFO'):
+        async with running_relay(tls, **SOON) as server:
+            async with wired(server, trusting(pem), narrow=True) as wire:
+                await wire.register()
+                await leave_unread(server, wire)
+                monkeypatch.setattr(server, 'pace', lambda client: 0.02)
+                wire.tls.write(said('x' * 6000) * 3)
+                await tells_the_end_of_tls(wire)
+                await until(lambda: not server.listener.connections)
+
+
 @pytest.mark.parametrize('start', [b'', b'\x16\x03\x01', b'GET / HTTP/1.1\r\n\r\n', bytes(9)])
 @run_async
 async def test_a_client_that_does_not_get_to_tls_goes_in_time(start, tls, caplog):
