@@ -790,7 +790,8 @@ class Connection(asyncio.BufferedProtocol):
             if data:
                 self.transport.write(data)
             elif self.transport.can_write_eof():
-                self.transport.write_eof()
+                with contextlib.suppress(OSError):  # the client has reset the connection
+                    self.transport.write_eof()
             else:
                 self.transport.close()
         if self.protocol.close_expected():

@@ -2912,6 +2912,54 @@ async def test_a_client_that_is_held_for_its_rate_is_not_given_up():
             assert (await wire.end())[1] == 1000
 
 
+@run_async
+async def test_a_client_that_answers_no_ping_is_told_so():
+    async with running_relay(**SOON) as server, wired(server) as wire:
+        assert await wire.end() == ([(PING, b'')], 1011)
+
+
+@run_async
+async def test_a_client_that_is_held_is_heard_when_it_answers_a_close(monkeypatch):
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            monkeypatch.setattr(server, 'pace', lambda client: 60)
+            wire.send(said('x') * 9)
+            assert (await wire.hear())['error']
+            monkeypatch.undo()
+            await does_not_answer_a_close(server, wire)
+            wire.send(frame_of(CLOSE, code_of(1000)))
+            assert await wire.frame() is None
+            wire.finish()
+            await alone(server, peer)
+
+
+@run_async
+async def test_a_client_that_is_lost_while_it_is_held_is_heard_no_more(monkeypatch):
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            connection = await relay_side(server, wire)
+            monkeypatch.setattr(server, 'pace', lambda client: 0.01)
+            # The answer to the first but one cannot be written.
+            wire.send(said('x' * 6000) * 9)
+            wire.reset()
+            await until(lambda: connection not in server.listener.connections)
+            connection._release()
+        await alone(server, peer)
+
+
+@run_async
+async def test_a_client_that_is_lost_as_it_is_given_up_hurts_nobody():
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            connection = await relay_side(server, wire)
+            connection.keep_alive(1e9)
+            wire.writer.get_extra_info('socket').shutdown(socket.SHUT_RDWR)
+            connection.keep_alive(2e9)
+        await alone(server, peer)
+
+
 async def tells_the_end_of_tls(wire):
     """Send close_notify, and do not close the connection."""
     with contextlib.suppress(ssl.SSLWantReadError):
