@@ -813,9 +813,9 @@ class Connection(asyncio.BufferedProtocol):
             self.pongs = self.pongs + 2 + len(event.data) if unread else 0
             if self.pongs > MAX_PONGS:
                 return self.transport.abort()
-        if self.closing or event.opcode in (Opcode.PONG, Opcode.CLOSE):
+        if self.closing or event.opcode is Opcode.CLOSE:
             return
-        if event.opcode is not Opcode.PING:
+        if event.opcode not in (Opcode.PING, Opcode.PONG):
             self._put_together(event)
         wait = self.relay.pace(self.client)
         if wait:

@@ -2960,6 +2960,16 @@ async def test_a_client_that_is_lost_as_it_is_given_up_hurts_nobody():
         await alone(server, peer)
 
 
+@run_async
+async def test_pings_and_pongs_have_the_rate_of_messages(monkeypatch):
+    async with running_relay(rate=10) as server, wired(server) as wire:
+        waits = paced(server, monkeypatch, [1000.0])
+        wire.send(frame_of(PONG) * 20, frame_of(PING) * 20, said('x'))
+        while (await wire.frame())[0] == PONG:
+            pass
+        assert len(waits) == 41
+
+
 async def tells_the_end_of_tls(wire):
     """Send close_notify, and do not close the connection."""
     with contextlib.suppress(ssl.SSLWantReadError):
