@@ -717,14 +717,6 @@ class Connection(asyncio.BufferedProtocol):
         if not self.opened:
             logger.debug('No handshake from %s', address_of(self.remote_address))
 
-    def pause_writing(self) -> None:
-        """Read no more from a client that does not read."""
-        self._hold()
-
-    def resume_writing(self) -> None:
-        """Read on."""
-        self._release()
-
     def write(self, data: bytes) -> None:
         """Write a message, or nothing if the connection is closed, without waiting."""
         if self.protocol.state is State.OPEN:
@@ -768,6 +760,9 @@ class Connection(asyncio.BufferedProtocol):
             with contextlib.suppress(AttributeError):  # as in _backlog
                 self.transport.resume_reading()
             self._deal()
+
+    # Of a client that does not read, no more is read.
+    pause_writing, resume_writing = _hold, _release
 
     def _deal(self) -> None:
         while not self.held and (self.events or self.input):
