@@ -2746,13 +2746,15 @@ async def resets_and_does_not_read(server, wire):
 
 
 async def leave_unread(server, wire):
-    """Have more wait for a client than the kernel holds."""
+    """Have more wait for a client than the kernel holds, and less than it is held for."""
     wire.stall()
     transport = (await relay_side(server, wire)).transport
     while not transport.get_write_buffer_size():
+        before = server.refusals['unknown_peer']
         # It comes back.
         wire.send(said(json.dumps(wire.peer.offer(C, description='x' * 2**16))))
-        await asyncio.sleep(0)
+        while server.refusals['unknown_peer'] == before:
+            await asyncio.sleep(0.001)
 
 
 ENDINGS_WITHOUT_AN_END = [
