@@ -1,7 +1,11 @@
-"""Tests of relay.py: plain functions, real sockets, no sleeps."""
+"""Tests of relay.py: plain functions, real sockets, no sleeps.
+
+Run as a script, it measures a relay: `python test_relay.py ws://localhost:8765`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -31,7 +35,8 @@ import pytest
 import websockets.asyncio.server
 from websockets.asyncio.client import connect as open_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.frames import CloseCode
+from websockets.frames import CTRL_OPCODES, CloseCode, Frame, Opcode
+from websockets.protocol import Protocol, Side
 
 import relay
 from relay import (
@@ -916,12 +921,12 @@ def running_program(*options, hosts=1):
         yield process
 
 
-def fails(*options, status=1):
-    """Run relay.py, see it fail with one line on standard error, and return the line."""
-    command = [sys.executable, HERE / 'relay.py', *options]
+def fails(*options, status=1, program='relay.py'):
+    """Run a program, see it fail with one line on standard error, and return the line."""
+    command = [sys.executable, HERE / program, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == status and done.stdout == ''
-    assert done.stderr.count('\n') == 1 and done.stderr.startswith('relay.py: ')
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith(f'{program}: ')
     return done.stderr
 
 
@@ -2038,23 +2043,32 @@ async def test_a_check_tells_how_long_the_certificate_is_valid(pem, monkeypatch)
         assert (await checks(server.url)).endswith(' ms (certificate valid for 2 more days)')
 
 
-@run_async
-async def test_a_check_knows_the_relay_of_each_generation():
-    # As ProxyStore's do: the earlier one passes over what it does not know, the later one closes.
-    async def later(websocket):
+@contextlib.asynccontextmanager
+async def later_relay(forwarded=lambda text: text):
+    """Serve what knows the later registration only, as ProxyStore's relay; yields its URL.
+
+    (The earlier one does not close: it passes over what it does not know.)
+    """
+
+    async def handler(websocket):
         async for text in websocket:
             if 'server_' in text:
                 await websocket.close(4000, 'Unknown message type.')
             elif 'registration' in text:
                 await websocket.send(encode(ServerResponse(message_type='relay_response')))
-                peers.append(websocket)
+                peers[decode(text).uuid] = websocket
             else:
-                await peers[-2 if websocket is peers[-1] else -1].send(text)
+                await peers[decode(text).peer_uuid].send(forwarded(text))
 
-    peers = []
-    async with websockets.asyncio.server.serve(later, '127.0.0.1', 0) as listener:
-        port = listener.sockets[0].getsockname()[1]
-        assert (await checks(f'ws://127.0.0.1:{port}')).startswith('ok: ')
+    peers = {}
+    async with websockets.asyncio.server.serve(handler, '127.0.0.1', 0) as listener:
+        yield 'ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1]
+
+
+@run_async
+async def test_a_check_knows_the_relay_of_each_generation():
+    async with later_relay() as url:
+        assert (await checks(url)).startswith('ok: ')
 
 
 @run_async
@@ -3367,3 +3381,294 @@ def test_the_unit_is_valid_and_exposes_little():
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ''), done.stdout
+
+
+# ------------------------------------------------------------------------------- Benchmark
+
+
+class Talker(asyncio.Protocol):
+    """A client that answers each offer of its peer with one of its own.
+
+    It takes the place of websockets' own, once that is registered: what measures has to be quicker
+    than what is measured. It looks closer only at what is not, byte for byte, what it expects.
+    """
+
+    def __init__(self, websocket, talk):
+        self.websocket, self.transport, self.talk = websocket, websocket.transport, talk
+        self.protocol, self.message = Protocol(Side.CLIENT, max_size=None), b''
+        # It sends nothing compressed, but has offered that as clients do.
+        self.protocol.extensions = websocket.protocol.extensions
+        # When the offer was sent that is on its way to this client.
+        self.uuid, self.sent = uuid4(), None
+
+    def meet(self, peer):
+        """Prepare what the peer will be sent."""
+        text = 'x' * self.talk.options.size
+        self.peer, peer.offer = peer, PeerConnection(self.uuid, '', peer.uuid, 'offer', text)
+        frame = Frame(Opcode.TEXT, encode(peer.offer).encode())
+        self.frame, peer.expected = frame.serialize(mask=True), frame.serialize(mask=False)
+        self.transport.set_protocol(self)
+
+    def speak(self):
+        self.peer.sent = time.perf_counter()
+        self.transport.write(self.frame)
+
+    def hear(self, as_sent):
+        sent, self.sent = self.sent, None
+        if sent and as_sent:
+            self.talk.latencies.append(time.perf_counter() - sent)
+        else:
+            self.talk.errors += 1
+        if sent and self.talk.goes_on:
+            self.speak()
+
+    def data_received(self, data):
+        if data == self.expected:
+            return self.hear(True)
+        self.protocol.receive_data(data)
+        for frame in self.protocol.events_received():
+            if frame.opcode not in CTRL_OPCODES:
+                self.message += frame.data
+                if frame.fin:
+                    self.hear(self.is_offer())
+        for data in self.protocol.data_to_send():
+            self.transport.write(data)
+
+    def is_offer(self):
+        message, self.message = self.message, b''
+        with contextlib.suppress(UnicodeDecodeError, MessageDecodeError):
+            return decode(message.decode()) == self.offer
+
+    def connection_lost(self, error):
+        self.protocol.receive_eof()
+        self.talk.failure = self.talk.failure or self.protocol.close_exc
+        self.websocket.connection_lost(error)
+
+    async def leave(self):
+        if not self.transport.is_closing():
+            self.transport.set_protocol(self.websocket)
+        await self.websocket.close()
+
+
+async def join(talk):
+    """Connect and register one more client."""
+    limits = {'ping_interval': None, 'close_timeout': relay.CHECK_TIMEOUT / 10}
+    websocket = await open_websocket(talk.options.url, **limits)
+    talk.clients.append(Talker(websocket, talk))
+    request = ServerRegistration('', talk.clients[-1].uuid, f'{talk.generation}_registration')
+    answer = ServerResponse(message_type=f'{talk.generation}_response')
+    await relay._deliver(request, websocket, websocket, answer)
+
+
+async def begin(talk):
+    """See which generation the relay speaks, and connect all clients to it."""
+    await relay.check(talk.options.url)
+    try:
+        await relay._meet(talk.options.url, talk.generation)
+    except ConnectionClosed:
+        talk.generation = 'relay'
+    mark(talk)
+    while len(talk.clients) < 2 * talk.options.pairs:
+        progress(f'{len(talk.clients)} clients are connected')
+        await asyncio.wait_for(join(talk), relay.CHECK_TIMEOUT)
+    for one, other in zip(talk.clients[::2], talk.clients[1::2]):
+        one.meet(other)
+        other.meet(one)
+    mark(talk)
+
+
+async def go_on(talk, doing, seconds):
+    """Let the clients talk for so long."""
+    end = time.perf_counter() + seconds
+    while (left := end - time.perf_counter()) > 0:
+        progress(f'{doing}, {left:.0f} s left, {len(talk.latencies):,} messages')
+        await asyncio.sleep(min(left, 0.5))
+        if talk.failure:
+            raise talk.failure
+    mark(talk)
+
+
+async def finish(talk):
+    """Let arrive what is on its way, and count what does not."""
+    talk.goes_on = False
+    with contextlib.suppress(asyncio.TimeoutError):
+        arrived = until(lambda: not any(client.sent for client in talk.clients))
+        await asyncio.wait_for(arrived, relay.CHECK_TIMEOUT)
+    talk.errors += sum(client.sent is not None for client in talk.clients)
+
+
+async def measure(options):
+    """Return the figures of a relay, by name."""
+    talk = SimpleNamespace(options=options, generation='server', clients=[], marks=[])
+    talk.latencies, talk.errors, talk.goes_on, talk.failure = [], 0, True, None
+    try:
+        await begin(talk)
+        for client in talk.clients[::2]:
+            client.speak()
+        # Caches fill, and buffers grow.
+        await go_on(talk, 'warming up', options.seconds / 10)
+        talk.latencies.clear()
+        await go_on(talk, 'measuring', options.seconds)
+        latencies = sorted(talk.latencies)
+        await finish(talk)
+        return figures(talk, latencies)
+    finally:
+        progress()
+        leaving = (client.leave() for client in talk.clients)
+        await asyncio.gather(*leaving, return_exceptions=True)
+
+
+def progress(text=''):
+    """Put a line in the place of the last one, on a terminal."""
+    if sys.stderr.isatty():
+        print(f'\r{text}\x1b[K', end='', file=sys.stderr, flush=True)
+
+
+def mark(talk):
+    """Note the time and, of the process that is watched, the seconds of CPU and the KiB."""
+    talk.marks.append((time.perf_counter(), 0, 0))
+    if talk.options.pid:
+        try:
+            stat = Path(f'/proc/{talk.options.pid}/stat').read_text().rpartition(')')[2].split()
+        except OSError as error:
+            raise relay.StartError(f'--pid {talk.options.pid}: {error.strerror}') from error
+        ticks, pages = int(stat[11]) + int(stat[12]), int(stat[21])
+        cpu, memory = ticks / os.sysconf('SC_CLK_TCK'), pages * os.sysconf('SC_PAGE_SIZE') / 1024
+        talk.marks[-1] = time.perf_counter(), cpu, memory
+
+
+def figures(talk, latencies):
+    """Return what the marks and the sorted latencies amount to."""
+    alone, full, start, end = talk.marks
+    count, p99 = len(latencies), len(latencies) * 99 // 100
+    if not count:
+        raise relay.StartError('no message arrived as it was sent')
+    slow = latencies[count // 2], latencies[p99], latencies[-1]
+    found = {name: getattr(talk.options, name) for name in ('pairs', 'seconds', 'size')}
+    found['messages_per_second'] = round(count / (end[0] - start[0]))
+    found.update((f'{k}_ms', round(1000 * s, 2)) for k, s in zip(('p50', 'p99', 'max'), slow))
+    if talk.options.pid:
+        found['cpu_us_per_message'] = round(1e6 * (end[1] - start[1]) / count, 1)
+        found['kib_per_client'] = round((full[2] - alone[2]) / len(talk.clients), 1)
+    return {'generation': talk.generation, **found, 'errors': talk.errors}
+
+
+def options_of(argv=None):
+    parser = argparse.ArgumentParser('test_relay.py', usage=argparse.SUPPRESS)
+    parser.description = 'Measure a relay: each of some clients exchanges offers with another.'
+    add, number = parser.add_argument, functools.partial(relay._number_of, least=1)
+    add('url', metavar='URL', help='of the relay, with a token if it wants one')
+    add('--pairs', default=50, type=number, metavar='N', help='of clients (%(default)s)')
+    add('--seconds', default=10, type=float, metavar='S', help='to measure (%(default)s)')
+    add('--size', default=1024, type=number, metavar='BYTES', help='of an offer (%(default)s)')
+    add('--pid', type=number, help="the relay's process on this host, to see its CPU and memory")
+    add('--json', action='store_true', help='print one JSON object')
+    return parser.parse_args(argv)
+
+
+def main():
+    """Measure a relay; return the exit status."""
+    options = options_of()
+    logging.disable()  # what goes wrong is told in one line
+    try:
+        found = asyncio.run(measure(options))
+    except (relay.StartError, KeyboardInterrupt) as error:
+        print(f'test_relay.py: {str(error) or "interrupted"}', file=sys.stderr)
+        return 1
+    except (OSError, EOFError, WebSocketException, asyncio.TimeoutError) as error:
+        reason = next(relay.FAILURES[kind] for kind in relay.FAILURES if isinstance(error, kind))
+        print(f'test_relay.py: {ascii(reason.format(error))[1:-1]}', file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(f'{name.replace("_", " "):<20}{value:>10}')
+    if found['errors']:
+        print(f'test_relay.py: {found["errors"]} messages not heard as sent', file=sys.stderr)
+    return 1 if found['errors'] else 0
+
+
+def measured(url, *options):
+    """Run the benchmark; return its status, what it prints, and what it complains of."""
+    command = [sys.executable, HERE / 'test_relay.py', url, '--pairs', '3', '--seconds', '0.2']
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_benchmark_measures_a_relay():
+    with running_program('--host', '127.0.0.1') as process:
+        status, text, errors = measured(process.url, '--json', '--pid', f'{process.pid}')
+    found = json.loads(text)
+    assert (status, errors, found['errors'], found['generation']) == (0, '', 0, 'server')
+    assert found['messages_per_second'] > 0
+    assert 0 < found['p50_ms'] <= found['p99_ms'] <= found['max_ms']
+    assert found.keys() >= {'cpu_us_per_message', 'kib_per_client'}
+
+
+def test_the_benchmark_prints_a_table_and_shows_a_token_through_tls(pem, tokens, monkeypatch):
+    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
+    options = '--certfile', str(pem / 'both.pem'), '--token-file', tokens
+    with running_program('--host', '127.0.0.1', *options) as process:
+        # A message of this size comes in many pieces.
+        url = process.url.replace('ws://', 'wss://alice:a1@')
+        status, text, errors = measured(url, '--size', '500000')
+    assert (status, errors) == (0, '')
+    assert re.search(r'^messages per second +[1-9]\d*$', text, re.M) and 'cpu' not in text
+
+
+@run_async
+async def test_the_benchmark_knows_the_relay_of_the_later_generation():
+    async with later_relay() as url:
+        status, text, errors = await asyncio.to_thread(measured, url, '--json')
+    assert (status, errors, json.loads(text)['generation']) == (0, '', 'relay')
+
+
+@run_async
+async def test_the_benchmark_counts_what_does_not_arrive_as_it_was_sent():
+    def changed(text):
+        texts.append(text)
+        return text.replace('xxx', 'xyx') if len(texts) % 5 == 0 else text
+
+    texts = []
+    async with later_relay(changed) as url:
+        status, text, errors = await asyncio.to_thread(measured, url, '--json')
+    count = json.loads(text)['errors']
+    assert count > 0
+    assert (status, errors) == (1, f'test_relay.py: {count} messages not heard as sent\n')
+
+
+@pytest.mark.parametrize(
+    'end, line',
+    [
+        (lambda process, benchmark: benchmark.send_signal(signal.SIGINT), 'interrupted'),
+        (lambda process, benchmark: process.terminate(), 'closed: '),
+        (lambda process, benchmark: process.kill(), 'closed: '),
+    ],
+    ids=['Ctrl-C', 'the relay stops', 'the relay is killed'],
+)
+def test_a_benchmark_that_ends_early_is_one_line(end, line):
+    with running_program('--host', '127.0.0.1') as process:
+        command = [sys.executable, HERE / 'test_relay.py', process.url, '--pairs', '3']
+        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+        with subprocess.Popen(command, **pipes) as benchmark, ended_in_time(benchmark):
+            # Its six clients, after those of the check and of the look for the generation.
+            lines = (x for x in process.stdout if ':: Registered' in x)
+            for _ in range(2 + 2 + 6):
+                next(lines)
+            end(process, benchmark)
+            text, errors = benchmark.communicate()
+    assert (benchmark.returncode, text, errors.count('\n')) == (1, '', 1)
+    assert errors.startswith(f'test_relay.py: {line}')
+
+
+def test_a_benchmark_that_cannot_begin_is_one_line():
+    fails_with = functools.partial(fails, program='test_relay.py')
+    assert ' ws://127.0.0.1:1: refused; ' in fails_with('ws://alice:secret@127.0.0.1:1')
+    with running_program('--host', '127.0.0.1', '--max-clients', '5') as process:
+        assert ': closed: received 1013 ' in fails_with(process.url)
+        assert '--pid 999999999: No such file' in fails_with(process.url, '--pid', '999999999')
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
