@@ -36,7 +36,7 @@ import websockets.asyncio.server
 from websockets.asyncio.client import connect as open_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CTRL_OPCODES, CloseCode, Frame, Opcode
-from websockets.protocol import Protocol, Side
+from websockets.protocol import Protocol, Side, State
 
 import relay
 from relay import (
@@ -3471,6 +3471,10 @@ async def begin(talk):
     while len(talk.clients) < 2 * talk.options.pairs:
         progress(f'{len(talk.clients)} clients are connected')
         await asyncio.wait_for(join(talk), relay.CHECK_TIMEOUT)
+    for client in talk.clients:
+        if client.websocket.state is not State.OPEN:
+            await client.websocket.wait_closed()
+            raise client.websocket.protocol.close_exc
     for one, other in zip(talk.clients[::2], talk.clients[1::2]):
         one.meet(other)
         other.meet(one)
@@ -3660,6 +3664,20 @@ def test_a_benchmark_that_ends_early_is_one_line(end, line):
             text, errors = benchmark.communicate()
     assert (benchmark.returncode, text, errors.count('\n')) == (1, '', 1)
     assert errors.startswith(f'test_relay.py: {line}')
+
+
+@run_async
+async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
+    def admit(client, request):
+        RelayServer._admit(server, client, request)
+        if request.name != 'check':
+            server._close(client, 1008, 'not today')
+
+    async with running_relay() as server:
+        server._admit = admit
+        status, text, errors = await asyncio.to_thread(measured, server.url)
+    assert (status, text, errors.count('\n')) == (1, '', 1)
+    assert 'closed: received 1008 (policy violation) not today; ' in errors
 
 
 def test_a_benchmark_that_cannot_begin_is_one_line():
