@@ -656,8 +656,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, server: Listener) -> None:
         self.server, self.relay = server, server.relay
-        limits = {name: server.limits[name] for name in ('origins', 'max_size')}
-        self.protocol = ServerProtocol(**limits, logger=LIBRARY)
+        origins, max_size = server.limits['origins'], server.limits['max_size']
+        self.protocol = ServerProtocol(origins=origins, max_size=max_size, logger=LIBRARY)
         self.client = Client('', None, self)
         # What has come and is held, its frames the last first; the fragments of a message.
         self.input, self.events, self.parts = b'', list[Any](), list[Frame]()
@@ -781,10 +781,11 @@ class Connection(asyncio.BufferedProtocol):
     def flush(self) -> None:
         """Write what the protocol has to say."""
         self.pending = 0
-        for data in self.protocol.data_to_send():
-            if data:
-                self.transport.write(data)
-            elif self.transport.can_write_eof():
+        writes = self.protocol.data_to_send()
+        if any(writes):
+            self.transport.write(b''.join(writes))
+        if b'' in writes:  # for the end
+            if self.transport.can_write_eof():
                 with contextlib.suppress(OSError):  # the client has reset the connection
                     self.transport.write_eof()
             else:
@@ -862,7 +863,7 @@ class Connection(asyncio.BufferedProtocol):
 
 
 class Listener:
-    """What a relay is served with: sockets, connections, and their keepalive."""
+    """What serves a relay: sockets, their connections, and one keepalive for all of them."""
 
     def __init__(self, relay: RelayServer, answer: Any, limits: dict[str, Any]) -> None:
         self.relay, self.answer, self.limits = relay, answer, limits
@@ -883,10 +884,7 @@ class Listener:
         return self
 
     def flush_soon(self, connection: Connection) -> None:
-        """Have a connection write once all that has come to the relay is dealt with.
-
-        One message after another would wake the clients of this machine one by one.
-        """
+        """Have a connection write once what has come is dealt with: many messages at one go."""
         if not self.unflushed:
             asyncio.get_running_loop().call_soon(self._flush)
         self.unflushed.append(connection)
