@@ -1472,7 +1472,7 @@ async def test_a_message_in_too_many_fragments_is_closed_with_1009(extra):
 @run_async
 async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
     async with (
-        running_relay(rate=100) as server,
+        running_relay(rate=300) as server,
         registered(server, A) as fast,
         registered(server, B) as peer,
     ):
