@@ -59,7 +59,7 @@ import socket
 import ssl
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -107,15 +107,35 @@ CHECK_TIMEOUT = 10  # s until a check has failed
 REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
 MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
 UUIDS = 4096  # that are kept as they were read
+ASK_TIMEOUT = 2  # s for another relay to take a message
+SPREAD_TIME = 0.05  # s until all NATS servers know who has subscribed
+DRAIN_TIMEOUT = 2  # s for what is on its way over NATS when the relay stops
+PULSE = 0.5  # s until the relay looks whether NATS is there, and tries again
+CLAIM_TURNS = 120  # of these until it claims its clients' UUIDs again
+MESSAGE_COST = 2**11  # bytes that a message takes, beside its text, while it is on its way
 MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
 LIMITS: dict[str, Any] = {  # of a connection, as websockets names them
     'max_size': MAX_MESSAGE,
     'origins': None,
+    'reuse_port': None,
     'open_timeout': 10,
     'close_timeout': 10,
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
     'ping_interval': 30,
     'ping_timeout': 90,
+}
+
+NATS_PREFIX = 'relay'  # of all subjects
+NATS_OPTIONS: dict[str, Any] = {
+    'name': 'relay.py',
+    'allow_reconnect': False,
+    'max_reconnect_attempts': -1,  # until it is connected
+    'reconnect_time_wait': PULSE,
+    'no_echo': True,
+    # What is said is written before anything else is: else the library would take the end of a
+    # subscription for confirmed before NATS has heard of it, and lose what comes in between.
+    'pending_size': 1,
+    'flush_timeout': ASK_TIMEOUT,
 }
 
 # ------------------------------------------------------------------------------- Messages
@@ -281,6 +301,8 @@ UNFORWARDED = {
     'unknown_peer': 'this peer is unknown',
     'forged_source': "source_uuid is not the sender's",
     'backlog': 'this peer does not read what is sent to it',
+    'too_long': 'it is too long to go from relay to relay',
+    'disconnected': 'the relays are disconnected',
 }
 # What ProxyStore's relay says, and its endpoints show to their users.
 DISPLACED = 'Relay received a registration with the same ID. '
@@ -352,6 +374,8 @@ class RelayServer:
         self.expiry: float | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.refusals = dict.fromkeys(REFUSALS, 0)
+        # Where other relays share the clients.
+        self.backplane: Backplane | None = None
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
 
@@ -480,7 +504,7 @@ class RelayServer:
             holder.gone = loop.create_future()
             holder.gone.add_done_callback(lambda _: self._admit(client, request))
             loop.call_later(TAKEOVER_WAIT, holder.gone.cancel)
-            self._displace(holder)
+            self.displace(holder)
             return holder.gone
         return None
 
@@ -490,7 +514,7 @@ class RelayServer:
         # Whoever has taken the UUID meanwhile is displaced as well.
         key = (client.user, request.uuid)
         if key in self._uuid_to_client:
-            self._displace(self._uuid_to_client[key])
+            self.displace(self._uuid_to_client[key])
         if client.deadline is not None:
             client.deadline.cancel()
             client.deadline = None
@@ -498,11 +522,14 @@ class RelayServer:
         client.response_type = request.message_type.replace('registration', 'response')
         self._uuid_to_client[key] = client
         self.counts['registrations'] += 1
+        if self.backplane is not None:
+            self.backplane.announce(client)
         # Nothing is forwarded to it before this.
         self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
-    def _displace(self, client: Client) -> None:
+    def displace(self, client: Client) -> None:
+        """Close a client whose UUID has registered anew."""
         self.counts['displaced_registrations'] += 1
         self._close(client, 4004 if client.response_type == 'relay_response' else 1001, DISPLACED)
 
@@ -515,7 +542,7 @@ class RelayServer:
         """Remove a registration and close its connection: with 1000, or as displaced."""
         client = self._websocket_to_client.get(websocket)
         if client is not None:
-            self._close(client, 1000, '') if expected else self._displace(client)
+            self._close(client, 1000, '') if expected else self.displace(client)
 
     def _remove(self, client: Client, reason: str) -> None:
         if client.deadline is not None:
@@ -523,6 +550,8 @@ class RelayServer:
         # The UUID may never have been this connection's, or have become another's.
         if self._uuid_to_client.get((client.user, client.uuid)) is client:
             del self._uuid_to_client[client.user, client.uuid]
+            if self.backplane is not None:
+                self.backplane.withdraw(client)
             logger.info('Unregistered %s: %s', client, reason)
 
     async def connect(self, websocket: Any, message: PeerConnection, text: str = '') -> None:
@@ -532,7 +561,16 @@ class RelayServer:
     def _connect(self, client: Client, message: PeerConnection, text: str) -> None:
         if client.uuid is None:
             return self._refuse(client, 'client has not registered yet')
-        kind = self._forward(client, message, text)
+        if message.source_uuid != client.uuid:
+            kind: str | None = 'forged_source'
+        elif self.backplane is None:
+            kind = self.deliver(client.user, message.peer_uuid, text.encode())
+        else:
+            kind = self.backplane.forward(client, message, text.encode())
+        self.settle(client, message, kind)
+
+    def settle(self, client: Client, message: PeerConnection, kind: str | None) -> None:
+        """Send a message back with an error, if it is one of UNFORWARDED."""
         if kind is None:
             return
         reason = UNFORWARDED[kind]
@@ -544,22 +582,19 @@ class RelayServer:
             answer = replace(answer, source_name='', description_type='', description='')
         self._send(client, answer)
 
-    def _forward(self, client: Client, message: PeerConnection, text: str) -> str | None:
-        """Write a text to the peer, or return which of UNFORWARDED it is."""
-        if message.source_uuid != client.uuid:
-            return 'forged_source'
-        peer = self._uuid_to_client.get((client.user, message.peer_uuid))
+    def deliver(self, user: str, uuid: UUID, data: bytes) -> str | None:
+        """Write a text to a peer that is here, or return which of UNFORWARDED it is."""
+        peer = self._uuid_to_client.get((user, uuid))
         # A connection that is being closed, or lost, would lose the message without a word.
         backlog = peer and _backlog(peer.websocket)
         if peer is None or backlog is None:
             return 'unknown_peer'
-        data = text.encode()
         if backlog and backlog + len(data) > MAX_BACKLOG:
             return 'backlog'
         peer.write(data)
         self.counts['forwarded_messages'] += 1
         self.counts['forwarded_bytes'] += len(data)
-        logger.debug('Forwarded from %s to %s', client.uuid, peer.uuid)
+        logger.debug('Forwarded to %s', uuid)
         return None
 
     async def send(self, websocket: Any, message: Message) -> None:
@@ -874,10 +909,11 @@ class Listener:
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> Listener:
         """Listen on each address of a host."""
-        timeout = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
+        more: Any = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
+        more['reuse_port'] = self.limits['reuse_port']
         loop = asyncio.get_running_loop()
         make = partial(Connection, self)
-        self.server = await loop.create_server(make, host, port, ssl=tls, **timeout)
+        self.server = await loop.create_server(make, host, port, ssl=tls, **more)
         self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
         if self.limits['ping_interval']:
             self._sweep(self.limits['ping_interval'])
@@ -973,11 +1009,259 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+# ------------------------------------------------------------------------------- Scale-out
+
+
+class Backplane:
+    """Has clients of different relays meet, over NATS. Nothing here runs without --nats.
+
+    Each registered client is a subscription. A message for a UUID that is not here is a request to
+    its subject: the relay that has it answers with the verdict, NATS itself that nobody has it.
+
+    A registration claims its UUID on the same subject, with a stamp and its age. Who hears of a
+    higher stamp goes, or claims a still higher one if it is certainly the younger. So the highest
+    stamp that was ever claimed stays, whatever is late, lost or wrong about the time.
+    """
+
+    def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
+        package = "'nats-py[nkeys]'" if credentials else 'nats-py'
+        try:
+            from nats.aio.client import Client as Connection
+
+            if credentials:
+                __import__('nkeys')
+                open(credentials).close()
+        except ImportError as error:
+            raise StartError(f'--nats: {error}; pip install {package} mends it') from error
+        except OSError as error:
+            raise StartError(f'cannot read {credentials}: {error.strerror}') from error
+        self.relay, self.make_connection = relay, Connection
+        self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
+        self.nats: Any = None  # the connection, while there is one
+        self.round_trip = 0.0  # s, to NATS and back
+        self.faults: set[str] = set()  # that were logged since there was a connection
+        # By client: its stamp and since when it is registered; and its subscription.
+        self.claims: dict[Client, tuple[int, str, float]] = {}
+        self.subscriptions: dict[Client, asyncio.Future[Any]] = {}
+        # The last message on its way, by who sent it and to whom: the next one has to wait for it.
+        self.sent: dict[tuple[Client, UUID], asyncio.Future[None]] = {}
+        self.bytes = Counter[Client]()  # on their way, by who sent them
+        self.tasks: set[asyncio.Future[Any]] = set()  # of this connection
+        self.running = asyncio.ensure_future(self._run())
+
+    @property
+    def connected(self) -> bool:
+        """Return whether there is a connection: without, a request would wait for its time-out."""
+        return self.nats is not None and self.nats.is_connected
+
+    def gauges(self) -> dict[str, float]:
+        """Return how the connection does, by the names of metrics."""
+        names = 'relay_nats_connected', 'relay_nats_round_trip_seconds'
+        return dict(zip(names, (int(self.connected), self.round_trip)))
+
+    async def _run(self) -> None:
+        """Be connected, for as long as it takes.
+
+        Each connection is a new one: what the library has kept of the last one is late, or wrong.
+        """
+        while True:
+            nats = self.make_connection()
+            try:
+                await nats.connect(error_cb=self._on_error, **self.options)
+                self.nats = nats
+                await self._stay_connected()
+            except Exception as error:  # the library's, the network's: none is the last
+                self.nats = None
+                await self._on_error(error)
+            finally:
+                self.nats = None
+                self.subscriptions.clear()
+                # Where nobody reads, this lasts as long as the system tries.
+                closing = asyncio.gather(nats.close(), return_exceptions=True)
+                await asyncio.wait({closing}, timeout=PULSE)
+                for task in self.tasks:
+                    task.cancel()
+            await asyncio.sleep(PULSE)
+
+    async def _stay_connected(self) -> None:
+        self.faults.clear()
+        where = self.nats.connected_url
+        logger.info('NATS is connected: %s:%d', where.hostname, where.port)
+        for turn in itertools.count():
+            if turn % CLAIM_TURNS == 0:
+                self._start(self._claim_all())
+            # The library fails on the answer to a ping that was given up: so none is.
+            pulse = self._start(self.nats.rtt(timeout=2 * STALL_TIMEOUT))
+            if not (await asyncio.wait({pulse}, timeout=ASK_TIMEOUT))[0]:
+                raise TimeoutError(f'no answer within {ASK_TIMEOUT} s')
+            self.round_trip = pulse.result()
+            await asyncio.sleep(PULSE)
+
+    async def _on_error(self, error: Exception) -> None:
+        # Without what it says of one client, and the name that each of them begins with.
+        fault = (str(error) or type(error).__name__).partition('"')[0].rpartition('nats: ')[2]
+        fault = fault.strip(" '")
+        if fault not in self.faults:
+            self.faults.add(fault)
+            lost = '' if self.connected else '; clients of other relays cannot be reached'
+            logger.warning('NATS: %s%s', fault, lost)
+
+    def _start(self, work: Any) -> asyncio.Future[Any]:
+        task: asyncio.Future[Any] = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Have what is on its way delivered, here and elsewhere, and leave."""
+        waiting = {self._start(self._release(held)) for held in self.subscriptions.values()}
+        waiting |= set(self.sent.values())
+        if waiting and self.connected:
+            await asyncio.wait(waiting, timeout=DRAIN_TIMEOUT)
+        while not self.running.done():  # the library may take it for a cancellation of its own
+            self.running.cancel()
+            await asyncio.wait({self.running}, timeout=PULSE)
+
+    def announce(self, client: Client) -> None:
+        """Have messages for a client come here, and whoever has its UUID elsewhere displaced."""
+        self.claims[client] = time.time_ns(), uuid4().hex, time.monotonic()
+        if self.connected:
+            self.subscriptions[client] = self._start(self._subscribe(client))
+
+    def withdraw(self, client: Client) -> None:
+        """Have nothing come here any more for a client."""
+        del self.claims[client]
+        if client in self.subscriptions:
+            self._start(self._release(self.subscriptions.pop(client)))
+
+    async def _subscribe(self, client: Client) -> Any:
+        with contextlib.suppress(Exception):  # the connection is lost; the next begins anew
+            hear = partial(self._hear, client)
+            subscription = await self.nats.subscribe(_subject(client.user, client.uuid), cb=hear)
+            # Of a claim made at this very moment, another relay may hear before it is heard of.
+            for pause in (SPREAD_TIME, 0):
+                await self._claim(client)
+                await asyncio.sleep(pause)
+            return subscription
+
+    async def _release(self, subscribing: asyncio.Future[Any]) -> None:
+        with contextlib.suppress(Exception):
+            await (await subscribing).drain()
+
+    async def _claim_all(self) -> None:
+        """Subscribe who is not; claim again: some may have registered twice with NATS split."""
+        for client in list(self.claims):
+            if client in self.subscriptions:
+                with contextlib.suppress(Exception):
+                    await self._claim(client)
+            elif client in self.claims:
+                self.subscriptions[client] = self._start(self._subscribe(client))
+            await asyncio.sleep(0)
+
+    async def _claim(self, client: Client) -> None:
+        if client in self.claims:
+            *stamp, since = self.claims[client]
+            claim = json.dumps([*stamp, time.monotonic() - since])
+            await self.nats.publish(_subject(client.user, client.uuid), claim.encode())
+
+    async def _hear(self, client: Client, message: Any) -> None:
+        """Deal with what another relay has for a client: a message, or a claim to its UUID."""
+        if message.reply:
+            kind: str | None = 'unknown_peer'
+            if client in self.claims and client.uuid:
+                kind = self.relay.deliver(client.user, client.uuid, message.data)
+            else:
+                # Who has the UUID now is to answer before.
+                await asyncio.sleep(SPREAD_TIME)
+            await message.respond((kind or '').encode())
+        elif client in self.claims:
+            count, name, age = json.loads(message.data)
+            own_count, own_name, since = self.claims[client]
+            if (count, name) > (own_count, own_name):
+                # On its way, a claim does not age: who claims to be older is older.
+                if age <= time.monotonic() - since:
+                    return self.relay.displace(client)
+                self.claims[client] = count + 1, own_name, since
+            if name != own_name:
+                await self._claim(client)
+
+    def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
+        """Forward a message, here or elsewhere, or return which of UNFORWARDED it is.
+
+        What goes elsewhere has its verdict later, and what follows to the same peer waits for it.
+        """
+        before = self.sent.get((client, message.peer_uuid))
+        if before is None:
+            kind = self.relay.deliver(client.user, message.peer_uuid, data)
+            if kind != 'unknown_peer':
+                return kind
+        if not self.connected:
+            return 'disconnected'
+        size = len(data) + MESSAGE_COST
+        if self.bytes[client] and self.bytes[client] + size > MAX_BACKLOG:
+            return 'backlog'
+        self.bytes[client] += size
+        sending = asyncio.ensure_future(self._send(before, client, message, data))
+        self.sent[client, message.peer_uuid] = sending
+        return None
+
+    async def _send(
+        self, before: Any, client: Client, message: PeerConnection, data: bytes
+    ) -> None:
+        try:
+            asking = self._ask(before, client.user, message.peer_uuid, data)
+            kind = await asyncio.wait_for(asking, ASK_TIMEOUT)
+        except Exception as error:  # whatever it is, the message has a verdict
+            logger.debug('NATS: %r', error)
+            kind = 'disconnected'
+            # Verdicts come in the order of the messages.
+            if before is not None:
+                await asyncio.wait({before})
+        self.bytes[client] -= len(data) + MESSAGE_COST
+        if not self.bytes[client]:
+            del self.bytes[client]
+        if self.sent[client, message.peer_uuid] is asyncio.current_task():
+            del self.sent[client, message.peer_uuid]
+        if client.websocket.state is State.OPEN:
+            self.relay.settle(client, message, kind)
+
+    async def _ask(self, before: Any, user: str, uuid: UUID, data: bytes) -> str | None:
+        from nats.errors import NoRespondersError
+
+        asked = time.monotonic()
+        if before is not None:
+            await asyncio.wait({before})
+        while True:
+            # It may have come here meanwhile.
+            kind = self.relay.deliver(user, uuid, data)
+            if kind != 'unknown_peer':
+                return kind
+            if not self.connected:
+                return 'disconnected'
+            if len(data) > self.nats.max_payload:
+                return 'too_long'
+            with contextlib.suppress(NoRespondersError):
+                answer = await self.nats.request(_subject(user, uuid), data, ASK_TIMEOUT)
+                if answer.data != b'unknown_peer':
+                    self.relay.counts['remote_messages'] += not answer.data
+                    return answer.data.decode() or None
+            if time.monotonic() - asked >= SPREAD_TIME:
+                self.relay.counts['remote_unknown'] += 1
+                return 'unknown_peer'
+            # Not all NATS servers may know yet who has just registered.
+            await asyncio.sleep(SPREAD_TIME)
+
+
+def _subject(user: str, uuid: UUID | None) -> str:
+    # In hexadecimal: to NATS, some characters of names mean something.
+    return f'{NATS_PREFIX}.{user.encode().hex() or "-"}.{uuid}'
+
+
 # ------------------------------------------------------------------------------- Operations
 
 # What is counted.
 COUNTS = ['registrations', 'displaced_registrations', 'pings_given_up']
-COUNTS += ['forwarded_messages', 'forwarded_bytes']
+COUNTS += ['forwarded_messages', 'forwarded_bytes', 'remote_messages', 'remote_unknown']
 # What is refused or, at `rate_paced`, held up: counted by these reasons.
 REFUSALS = [*UNFORWARDED, 'malformed', 'too_large', 'rate_paced', 'never_registered']
 REFUSALS += ['unauthorized', 'full']
@@ -999,6 +1283,8 @@ def metrics(relay: RelayServer) -> str:
         'process_cpu_seconds_total': time.process_time(),
         'process_max_fds': resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
+    if relay.backplane is not None:
+        values.update(relay.backplane.gauges())
     if relay.expiry is not None:
         values['relay_certificate_expiry_timestamp_seconds'] = relay.expiry
     with contextlib.suppress(OSError), open('/proc/self/statm') as file:
@@ -1068,16 +1354,14 @@ async def serve(
     `options`: `relay`, a RelayServer, and what goes before LIMITS. Raises StartError.
     """
     relay: RelayServer = options.pop('relay', None) or RelayServer()
-    metrics_port = options.pop('metrics_port', None)
+    metrics_port, nats = options.pop('metrics_port', None), options.pop('nats', None)
     tls = None
     if certfile is not None:
         tls, relay.expiry = _tls(certfile, keyfile), expiry_of(certfile)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(relay.on_loop_error)
-    loop.add_signal_handler(signal.SIGINT, stop.set)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
+    if nats:
+        options['reuse_port'] = True  # for several relays on one machine
+        relay.backplane = Backplane(relay, *nats)
+    stop = _signals(relay, tls, certfile, keyfile)
     servers = [await _listen(relay, host, port, tls, **options)]
     for sock in servers[0].sockets:
         logger.info('Serving relay server on %s', address_of(sock.getsockname()))
@@ -1091,11 +1375,26 @@ async def serve(
         beat(relay)
     notify('READY=1')
     await stop.wait()
+    notify('STOPPING=1')
+    if relay.backplane is not None:
+        await relay.backplane.close()
     await _stop(servers)
 
 
+def _signals(
+    relay: RelayServer, tls: ssl.SSLContext | None, certfile: str | None, keyfile: str | None
+) -> asyncio.Event:
+    """Have signals stop the relay, which sets the event that is returned, and reload it."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(relay.on_loop_error)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
+    return stop
+
+
 async def _stop(servers: list[Listener]) -> None:
-    notify('STOPPING=1')
     for server in servers:
         server.close()
     # A client that neither reads nor closes must not hold up the end.
@@ -1154,21 +1453,20 @@ FAILURES: dict[Any, str] = {
 }
 
 
-async def check(url: str) -> str:
+async def check(url: str, other: str | None = None) -> str:
     """Have two clients of its own meet through the relay at a URL; return how that went.
 
-    The relay may be one of ProxyStore's. Raises StartError with what failed and where to look.
-    Neither tells the token.
+    With another URL, they meet through two relays. A relay may be one of ProxyStore's. Raises
+    StartError with what failed and where to look. Neither tells the token.
     """
-    # A token may hold an @, a ? and, by mistake, the end of a line.
-    place = re.split('[?&]token=', ''.join(url.split()))[0]
-    place = re.sub('//.*@', '//', place).partition('?')[0]
+    place = _place(url) + (f' and {_place(other)}' if other else '')
+    meet = partial(_meet, url, other or url)
     try:
         try:
-            meeting = await asyncio.wait_for(_meet(url, 'server'), CHECK_TIMEOUT)
+            meeting = await asyncio.wait_for(meet('server'), CHECK_TIMEOUT)
         except ConnectionClosed:
             # So ends ProxyStore's later relay who speaks as to its earlier one.
-            meeting = await asyncio.wait_for(_meet(url, 'relay'), CHECK_TIMEOUT)
+            meeting = await asyncio.wait_for(meet('relay'), CHECK_TIMEOUT)
     except Exception as error:
         reason = next(FAILURES[kind] for kind in FAILURES if isinstance(error, kind))
         if isinstance(error, InvalidStatus) and error.response.status_code == 401:
@@ -1183,12 +1481,18 @@ async def check(url: str) -> str:
     return f'ok: two clients met through {place} {meeting}'
 
 
-async def _meet(url: str, generation: str) -> str:
+def _place(url: str) -> str:
+    # A token may hold an @, a ? and, by mistake, the end of a line.
+    place = re.split('[?&]token=', ''.join(url.split()))[0]
+    return re.sub('//.*@', '//', place).partition('?')[0]
+
+
+async def _meet(url: str, other_url: str, generation: str) -> str:
     from websockets.asyncio.client import connect
 
     # What does not answer may not answer a close either.
-    dial = partial(connect, url, open_timeout=None, close_timeout=CHECK_TIMEOUT / 10)
-    async with dial() as one, dial() as other:
+    dial = partial(connect, open_timeout=None, close_timeout=CHECK_TIMEOUT / 10)
+    async with dial(url) as one, dial(other_url) as other:
         uuids = {one: uuid4(), other: uuid4()}
         for websocket, uuid in uuids.items():
             request = ServerRegistration('check', uuid, f'{generation}_registration')
@@ -1235,6 +1539,15 @@ def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
     raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
 
 
+def _nats(text: str) -> str:
+    # What is wrong may be, or hold, a password.
+    with contextlib.suppress(ValueError):
+        url = urlsplit(text)
+        if url.scheme in ('nats', 'tls') and url.hostname and url.port != 0:
+            return text
+    raise argparse.ArgumentTypeError('not of the form nats://HOST:PORT or tls://HOST:PORT')
+
+
 def _options(argv: list[str] | None) -> argparse.Namespace:
     # Without a usage, an error is one line.
     about = (__doc__ or '').partition('\n')[0]
@@ -1258,11 +1571,24 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add('--metrics-port', type=port, metavar='PORT', help='for Prometheus, on 127.0.0.1')
     add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
-    add('--check', metavar='URL', help='see whether two clients meet through the relay at a URL')
+    add(
+        '--nats',
+        action='append',
+        metavar='URL',
+        type=_nats,
+        help='share clients with other relays over NATS; repeatable',
+    )
+    add('--nats-creds', metavar='PATH', help='credentials for NATS, unless they are in its URL')
+    check = 'see whether two clients meet through the relay at a URL, or through two relays'
+    add('--check', metavar='URL', nargs='+', help=check)
     add('--version', action='version', version=f'relay.py {__version__}')
     options = parser.parse_args(argv)
     if options.keyfile and not options.certfile:
         parser.error('--keyfile needs --certfile')
+    if options.nats_creds and not options.nats:
+        parser.error('--nats-creds needs --nats')
+    if options.check and len(options.check) > 2:
+        parser.error('argument --check: one URL or two')
     return options
 
 
@@ -1295,7 +1621,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.check is not None:
             # One line is what it prints, whatever asyncio has to say.
             logging.disable()
-            print(asyncio.run(check(options.check)))
+            print(asyncio.run(check(*options.check)))
             return 0
         _log_to(options.log_dir, options.log_level)
         # 1,024 open files are a relay's first end. (Some systems refuse to give all they have.)
@@ -1307,6 +1633,7 @@ def main(argv: list[str] | None = None) -> int:
         # A client that is no browser has no origin.
         limits['origins'] = options.allow_origin and [*options.allow_origin, None]
         where = options.host, options.port, options.certfile, options.keyfile
+        limits['nats'] = options.nats and (options.nats, options.nats_creds)
         asyncio.run(serve(*where, relay=relay, metrics_port=options.metrics_port, **limits))
     except (StartError, KeyboardInterrupt) as error:
         print(f'relay.py: {str(error) or "interrupted"}', file=sys.stderr)
