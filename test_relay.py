@@ -3334,6 +3334,766 @@ async def exhaust_files(process):
             await exchange(one, peer)
 
 
+# ------------------------------------------------------------------------------- Scale-out
+
+NATS_SERVER = shutil.which('nats-server', path=f'{os.environ["PATH"]}:/usr/sbin')
+NO_NATS = 'nats-server is not here' if not NATS_SERVER else ''
+try:
+    import nats.errors  # noqa: F401
+except ImportError:
+    NO_NATS = NO_NATS or 'nats-py is not here'
+over_nats = pytest.mark.skipif(bool(NO_NATS), reason=NO_NATS)
+DISCONNECTED = 'because the relays are disconnected.'
+HOUR = 3600 * 10**9
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as sock:
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_nats(*options, port=None):
+    """Run a NATS server; yields its process once it listens, with its URL and port."""
+    port = port or free_port()
+    command = [NATS_SERVER, '-a', '127.0.0.1', '-p', str(port), *options]
+    silent = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+    with subprocess.Popen(command, **silent) as process:
+        try:
+            process.port, process.url = port, f'nats://127.0.0.1:{port}'
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(('127.0.0.1', port)).close()
+                    break
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def nats_cluster(*routes):
+    """Run a cluster of NATS servers, each told the ports where it finds others."""
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for port, others in routes:
+            where = f'nats://127.0.0.1:{port}'
+            known = ','.join(f'nats://127.0.0.1:{other}' for other in others)
+            options = ['--cluster_name', 'c', '--cluster', where, '--routes', known]
+            servers.append(stack.enter_context(running_nats(*options, '--no_advertise')))
+        yield servers
+
+
+@pytest.fixture(scope='module')
+def bus():
+    """Return the URL of a NATS server that nobody disturbs."""
+    with running_nats() as process:
+        yield process.url
+
+
+@contextlib.asynccontextmanager
+async def joined_relay(*urls, wait=True, **options):
+    """Serve a relay that shares its clients with others over NATS."""
+    async with running_relay(**options) as server:
+        server.backplane = relay.Backplane(server, list(urls), None)
+        try:
+            while wait and not server.backplane.connected:
+                await asyncio.sleep(0.001)
+            yield server
+        finally:
+            await server.backplane.close()
+
+
+@contextlib.asynccontextmanager
+async def two_relays(url, **options):
+    async with joined_relay(url, **options) as one, joined_relay(url, **options) as other:
+        yield one, other
+
+
+async def hears_only(peer, *messages):
+    """See that these come to a client, and nothing else before what it says to itself."""
+    for message in messages:
+        assert await peer.hear() == message
+    echo = peer.offer(peer.uuid, description=str(uuid4()))
+    assert await peer.ask(echo) == echo
+
+
+async def dealt_with(peer):
+    """Wait until a relay without a rate has what a client has sent."""
+    await (await peer.websocket.ping())
+
+
+async def joined(one, other):
+    """Return whether a message goes to a client."""
+    offer = one.offer(other.uuid, description=str(uuid4()))
+    await one.say(offer)
+    hearing = [asyncio.ensure_future(peer.hear()) for peer in (one, other)]
+    done, waiting = await asyncio.wait(hearing, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+        await asyncio.wait({task})
+    return hearing[1] in done
+
+
+async def meet(one, other):
+    """Wait until messages go both ways: until the relays have found each other."""
+    while not (await joined(one, other) and await joined(other, one)):
+        pass
+
+
+def sent_back(message, reason):
+    error = f'Cannot forward peer connection message to peer {message["peer_uuid"]} because '
+    return {**message, 'error': f'{error}{reason}.'}
+
+
+async def settled(*servers):
+    """Wait until nothing is on its way, and nobody is about to be subscribed."""
+    for server in servers:
+        await until(lambda server=server: not (server.backplane.sent or server.backplane.tasks))
+
+
+@over_nats
+@run_async
+async def test_the_text_of_a_message_between_relays_is_the_text_received(bus):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B, generation='relay') as b:
+            for sender, receiver in ((a, b), (b, a)):
+                offer = sender.offer(receiver.uuid, description='\u2013 "\\\U0001f600\r\n', x=[1])
+                text = f' {json.dumps(offer, ensure_ascii=False, indent=1)}\n'
+                await sender.say(text)
+                assert await receiver.websocket.recv() == text
+            await hears_only(a)
+            await hears_only(b)
+
+
+@over_nats
+@run_async
+async def test_a_peer_that_no_relay_knows_is_unknown_once(bus):
+    async with two_relays(bus) as (one, other), registered(one, A) as a:
+        async with registered(other, B) as b:
+            await exchange(a, b)
+        await until(lambda: not holder(other, B))
+        for uuid in (B, C):
+            offer = a.offer(uuid)
+            assert await a.ask(offer) == {**offer, 'error': unknown(uuid)}
+        await hears_only(a)
+
+
+@over_nats
+@run_async
+async def test_a_peer_on_another_relay_that_does_not_read_is_told_to_the_sender(bus):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            stall(b)
+            offer = a.offer(B, description='x' * 2**19)
+            for _ in range(100):
+                await a.say(offer)
+                await dealt_with(a)
+                await until(lambda: not one.backplane.sent)
+                if one.refusals['backlog']:
+                    break
+            assert await a.hear() == sent_back(offer, relay.UNFORWARDED['backlog'])
+            await hears_only(a)
+            b.websocket.transport.abort()
+
+
+@over_nats
+@run_async
+async def test_a_forged_source_goes_to_no_other_relay(bus):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            forged = {**a.offer(B), 'source_uuid': str(C)}
+            assert await a.ask(forged) == sent_back(forged, relay.UNFORWARDED['forged_source'])
+            await hears_only(a)
+            await hears_only(b)
+
+
+USERS = [
+    'a',
+    'a.b',
+    'a b',
+    '*',
+    '>',
+    'a.*',
+    '-',
+    '',
+    '61',
+    'J\u00fcrgen',
+    '\u65e5\u672c',
+    'x' * 60,
+]
+
+
+@over_nats
+@run_async
+async def test_users_are_kept_apart_across_relays(bus):
+    async with two_relays(bus) as (one, other), contextlib.AsyncExitStack() as stack:
+        # A token of each, whatever its name; a file of tokens takes fewer.
+        one.tokens = other.tokens = {relay._digest(str(n)): user for n, user in enumerate(USERS)}
+        pairs = []
+        for n in range(len(USERS)):
+            places = ((one, A), (other, B))
+            options = {'additional_headers': {'Authorization': f'Bearer {n}'}}
+            peers = [registered(server, uuid, f'{n}', **options) for server, uuid in places]
+            pairs.append([await stack.enter_async_context(peer) for peer in peers])
+        for a, b in pairs:
+            await a.say(a.offer(B))
+            await b.say(b.offer(A))
+        for a, b in pairs:
+            await hears_only(a, b.offer(A))
+            await hears_only(b, a.offer(B))
+
+
+@over_nats
+@pytest.mark.parametrize('ahead', [0, HOUR, -HOUR], ids=['', 'clock ahead', 'clock behind'])
+@pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
+@run_async
+async def test_a_registration_displaces_the_one_on_another_relay(
+    bus, monkeypatch, generation, code, ahead
+):
+    async with two_relays(bus) as (one, other), registered(one, B) as peer:
+        with monkeypatch.context() as patch:
+            real = time.time_ns
+            patch.setattr(relay.time, 'time_ns', lambda: real() + ahead)
+            old = await open_websocket(other.url)
+            old = Peer(old, A, 'old', generation)
+            assert await old.ask(old.registration()) == old.response()
+        await settled(other)
+        async with registered(one, A) as new:
+            close = await old.close_frame()
+            assert (close.code, close.reason) == (code, relay.DISPLACED)
+            await settled(one, other)
+            assert holder(one, A) and not holder(other, A)
+            async with registered(other, C) as third:
+                await exchange(third, new)
+            await exchange(peer, new)
+            assert one.counts['displaced_registrations'] == 0
+
+
+async def race(one, other, uuids):
+    """Register UUIDs with two relays at the same time; see that each ends with one of them."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def join(server, uuid):
+            peer = Peer(await stack.enter_async_context(open_websocket(server.url)), uuid)
+            return peer
+
+        racers = await asyncio.gather(*(join(s, u) for u in uuids for s in (one, other)))
+        for racer in racers:
+            await racer.say(racer.registration())
+        for racer in racers:
+            assert await racer.hear() == racer.response()
+        await until(lambda: len(one.backplane.claims) + len(other.backplane.claims) == len(uuids))
+        await settled(one, other)
+        assert all(bool(holder(one, uuid)) != bool(holder(other, uuid)) for uuid in uuids)
+        async with registered(one, A) as a:
+            for uuid in uuids:
+                await a.say(a.offer(uuid))
+                winner = racers[2 * uuids.index(uuid) + bool(holder(other, uuid))]
+                assert await winner.hear() == a.offer(uuid)
+            await hears_only(a)
+
+
+@over_nats
+@run_async
+async def test_of_those_that_register_with_two_relays_at_once_one_stays(bus):
+    async with two_relays(bus) as (one, other):
+        await race(one, other, [UUID(int=n) for n in range(1000, 1200)])
+
+
+@over_nats
+@run_async
+async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(bus):
+    async with two_relays(bus) as (one, other), registered(one, C) as near:
+        async with registered(one, A) as a, registered(other, B) as b:
+            for number in range(200):
+                await a.say(a.offer(B, description=str(number)))
+                await a.say(a.offer(C, description=str(number)))
+            for peer in (near, b):
+                got = [(await peer.hear())['description'] for _ in range(200)]
+                assert got == [str(number) for number in range(200)]
+            await hears_only(a)
+
+
+@over_nats
+@run_async
+async def test_messages_to_a_peer_that_has_just_registered_arrive(bus):
+    async with two_relays(bus) as (one, other), registered(one, A) as a:
+        for number in range(1, 20):
+            uuid = UUID(int=number << 32)
+            async with registered(other, uuid) as b:
+                offers = [a.offer(uuid, description=str(n)) for n in range(10)]
+                for offer in offers:
+                    await a.say(offer)
+                await hears_only(b, *offers)
+        await hears_only(a)
+
+
+@over_nats
+@run_async
+async def test_three_relays_share_their_clients(bus):
+    async with two_relays(bus) as (one, two), joined_relay(bus) as three:
+        async with registered(one, A) as a, registered(two, B) as b, registered(three, C) as c:
+            for pair in ((a, b), (b, c), (c, a)):
+                await exchange(*pair)
+            for server in (two, three):
+                async with registered(server, A) as new:
+                    await exchange(new, b)
+                    await exchange(c, new)
+
+
+@over_nats
+@pytest.mark.parametrize('how', ['killed', 'frozen'])
+@run_async
+async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monkeypatch):
+    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.2)
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    with running_nats() as first, logged(caplog) as lines, contextlib.ExitStack() as stack:
+        async with two_relays(first.url) as (one, other), registered(one, C) as near:
+            async with registered(one, A) as a, registered(other, B) as b:
+                await exchange(a, b)
+                first.send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
+                offer = a.offer(B)
+                # Nobody knows yet that it is lost; the next one is refused at once.
+                for _ in range(2):
+                    await exchange(a, near)
+                    answer = await a.ask(offer)
+                    assert answer == sent_back(offer, relay.UNFORWARDED['disconnected'])
+                    await until(lambda: not one.backplane.connected)
+                began = time.monotonic()
+                assert await a.ask(offer) == answer
+                assert time.monotonic() - began < 0.1
+                lost = '; clients of other relays cannot be reached'
+                await until(lambda: any(line.endswith(lost) for line in lines()))
+                async with registered(one, UUID(int=9)) as passing:
+                    await exchange(a, passing)
+                async with registered(other, UUID(int=8)) as newcomer:
+                    if how == 'killed':
+                        first.wait()
+                        stack.enter_context(running_nats(port=first.port))
+                    else:
+                        first.send_signal(signal.SIGCONT)
+                    await until(lambda: one.backplane.connected and other.backplane.connected)
+                    await settled(one, other)
+                    # What was late may have come after all, but its sender has an answer.
+                    late = await offers_of(a, b)
+                    assert late <= (2 if how == 'frozen' else 0)
+                    await exchange(a, b)
+                    await exchange(a, newcomer)
+                assert await a.ask(a.offer(UUID(int=9))) == sent_back(
+                    a.offer(UUID(int=9)), relay.UNFORWARDED['unknown_peer']
+                )
+                for peer in (a, b, near):
+                    await hears_only(peer)
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len([x for x in warnings if x.startswith('NATS')]) <= 8
+        assert not [x for x in lines() if 'Unregistered' in x and 'closed with 1000' not in x]
+
+
+async def offers_of(sender, receiver):
+    """Return how many messages come to a client before the next of a sender."""
+    mark = sender.offer(receiver.uuid, description=str(uuid4()))
+    await sender.say(mark)
+    for number in range(99):
+        if await receiver.hear() == mark:
+            return number
+
+
+@over_nats
+@run_async
+async def test_a_relay_serves_before_nats_is_there(caplog, monkeypatch):
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    port = free_port()
+    url = f'nats://127.0.0.1:{port}'
+    with logged(caplog, 'WARNING') as lines:
+        async with joined_relay(url, wait=False) as one, joined_relay(url, wait=False) as other:
+            async with registered(one, A) as a, registered(one, C) as near:
+                async with registered(other, B) as b, registered(other, A) as later:
+                    await exchange(a, near)
+                    await exchange(later, b)
+                    answer = await a.ask(a.offer(B))
+                    assert answer == sent_back(a.offer(B), relay.UNFORWARDED['disconnected'])
+                    await until(lambda: len([x for x in lines() if x.startswith('NATS')]) == 2)
+                    with running_nats(port=port):
+                        # The one that registered later has the UUID.
+                        assert await a.closed_with() == 1001
+                        await settled(one, other)
+                        await exchange(later, near)
+                        await exchange(near, b)
+            assert len([x for x in lines() if 'Connect call failed' in x]) == 2
+            await until(lambda: not other._uuid_to_client)
+
+
+@contextlib.asynccontextmanager
+async def switch(port):
+    """Pass connections on to a port; yields a set of their writers, for a test to close."""
+    writers = set()
+
+    async def copy(reader, writer):
+        writers.add(writer)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+        writer.close()
+
+    async def accept(reader, writer):
+        with contextlib.suppress(asyncio.CancelledError):
+            far_reader, far_writer = await asyncio.open_connection('127.0.0.1', port)
+            await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+
+    async with await asyncio.start_server(accept, '127.0.0.1', 0) as server:
+        yield server.sockets[0].getsockname()[1], writers
+        for writer in writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+
+@over_nats
+@run_async
+async def test_a_uuid_on_both_sides_of_a_split_ends_with_the_later(monkeypatch):
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'CLAIM_TURNS', 2)
+    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.2)  # before the servers find each other again
+    ports = free_port(), free_port()
+    async with switch(ports[0]) as (between, writers):
+        with nats_cluster((ports[0], []), (ports[1], [between])) as servers:
+            urls = [server.url for server in servers]
+            async with joined_relay(urls[0]) as one, joined_relay(urls[1]) as other:
+                async with registered(one, B) as b, registered(other, C) as c:
+                    await meet(b, c)
+                    for writer in list(writers):
+                        writer.close()
+                    while await joined(b, c):
+                        pass
+                    async with registered(other, A) as earlier, registered(one, A) as later:
+                        assert holder(one, A) and holder(other, A)
+                        assert await earlier.closed_with() == 1001
+                        await meet(b, later)
+                        await meet(c, later)
+
+
+@over_nats
+@run_async
+async def test_the_peers_of_a_relay_that_is_killed_are_unknown(bus):
+    with running_program('--host', '127.0.0.1', '--nats', bus) as program:
+        async with joined_relay(bus) as one, registered(one, A) as a:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                program.kill()
+                program.wait()
+                assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
+                await hears_only(a)
+
+
+@over_nats
+@run_async
+async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.3)
+    with running_program('--host', '127.0.0.1', '--nats', bus) as program:
+        async with joined_relay(bus) as one, registered(one, A) as a, registered(one, C) as near:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                program.send_signal(signal.SIGSTOP)
+                began = time.monotonic()
+                offers = [a.offer(B, description=str(n)) for n in range(20)]
+                for offer in offers:
+                    await a.say(offer)
+                await exchange(near, near)
+                assert time.monotonic() - began < 0.2
+                for offer in offers:
+                    answer = await a.hear()
+                    assert answer == sent_back(offer, relay.UNFORWARDED['disconnected'])
+                assert time.monotonic() - began < 0.6
+                program.send_signal(signal.SIGCONT)
+                await offers_of(a, b)
+                await exchange(a, b)
+                await hears_only(a)
+        assert not one.backplane.sent and not one.backplane.bytes
+
+
+@over_nats
+@run_async
+async def test_a_message_that_nats_does_not_take_comes_back(tmp_path):
+    (tmp_path / 'conf').write_text('max_payload: 1000')
+    with running_nats('-c', str(tmp_path / 'conf')) as server:
+        async with two_relays(server.url) as (one, other):
+            async with registered(one, A) as a, registered(other, B) as b:
+                offer = a.offer(B, description='x' * 1000)
+                with moves(one, refused('too_long')):
+                    assert await a.ask(offer) == sent_back(offer, relay.UNFORWARDED['too_long'])
+                await exchange(a, b)
+                await hears_only(a)
+
+
+@over_nats
+@pytest.mark.parametrize('how', ['there', 'killed', 'frozen'])
+@run_async
+async def test_a_relay_that_ends_has_delivered_what_was_on_its_way(how):
+    with (
+        running_nats() as server,
+        running_program('--host', '127.0.0.1', '--rate', '0', '--nats', server.url) as program,
+    ):
+        async with joined_relay(server.url) as one, registered(one, A) as a:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                if how != 'there':
+                    server.send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
+                # Who does not read its errors is not read either.
+                closing = asyncio.ensure_future(b.close_frame())
+                offers = [b.offer(A, description=str(n)) for n in range(100)]
+                for offer in offers:
+                    await b.say(offer)
+                await dealt_with(b)
+                program.terminate()
+                began = time.monotonic()
+                assert (await closing).code == 1001
+                if how == 'there':
+                    assert [await a.hear() for _ in range(100)] == offers
+                    assert b.last_words == []
+        assert await asyncio.to_thread(program.wait) == 0
+        assert time.monotonic() - began < 4
+        assert not re.search('ERROR|Traceback', program.stdout.read() + program.stderr.read())
+
+
+@over_nats
+@run_async
+async def test_each_message_to_a_relay_that_ends_arrives_or_comes_back(bus):
+    with running_program('--host', '127.0.0.1', '--rate', '0', '--nats', bus) as program:
+        async with joined_relay(bus) as one, registered(one, A) as a:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                offers = [a.offer(B, description=str(n)) for n in range(200)]
+                for offer in offers:
+                    await a.say(offer)
+                    if offer is offers[50]:
+                        program.terminate()
+                await b.close_frame()
+                came = [json.loads(text) for text in b.last_words]
+                assert came == offers[: len(came)]
+                back = [{**offer, 'error': unknown(B)} for offer in offers[len(came) :]]
+                await hears_only(a, *back)
+        assert await asyncio.to_thread(program.wait) == 0
+
+
+@over_nats
+@run_async
+async def test_of_three_nats_servers_one_may_be_killed():
+    ports = [free_port() for _ in range(3)]
+    with nats_cluster(*((port, ports) for port in ports)) as servers:
+        urls = [server.url for server in servers]
+        async with joined_relay(urls[0]) as one, joined_relay(urls[1]) as other:
+            # Servers that do not know each other yet are no subject here.
+            async with registered(one, B) as b, registered(other, C) as c:
+                await meet(b, c)
+            await race(one, other, [UUID(int=n) for n in range(1000, 1020)])
+        async with joined_relay(*urls) as one, joined_relay(*urls) as other:
+            async with registered(one, B) as b, registered(other, C) as c:
+                await exchange(b, c)
+                port = one.backplane.nats.connected_url.port
+                (lost,) = [server for server in servers if server.port == port]
+                lost.kill()
+                lost.wait()
+                await until(lambda: not one.backplane.connected)
+                await until(lambda: one.backplane.connected and other.backplane.connected)
+                await meet(b, c)
+                await hears_only(b)
+                await hears_only(c)
+
+
+@over_nats
+@run_async
+async def test_clients_that_come_and_go_leave_nothing_with_nats():
+    port = free_port()
+    with running_nats('-m', str(port)) as server:
+        async with two_relays(server.url) as (one, other):
+            async with registered(one, C) as near, registered(other, C) as newer:
+                assert await near.closed_with() == 1001
+                await settled(one, other)
+                reading = asyncio.ensure_future(drain(newer))
+                for number in range(30):
+                    async with registered(one, A) as a, registered(other, B) as b:
+                        await a.say(a.offer(B))
+                        await b.say(b.offer(A))
+                        await a.say(a.offer(UUID(int=number + 1)))
+                        leave = [leave_with_a_close, leave_with_a_reset][number % 2]
+                        await leave(a)
+                        if number % 3:
+                            await newer.say(newer.offer(A))
+                for relays in (one, other):
+                    await until(lambda backplane=relays.backplane: not backplane.sent)
+                    await until(lambda server=relays: not holder(server, A))
+                    await until(lambda server=relays: not holder(server, B))
+                await settled(one, other)
+                reading.cancel()
+                assert not one.backplane.claims and not one.backplane.subscriptions
+                assert not one.backplane.bytes and not other.backplane.bytes
+                assert len(other.backplane.claims) == len(other.backplane.subscriptions) == 1
+                # One for the client that is left, and one for each relay's answers.
+                await until(lambda: running('_wait_for_msgs') == 3 and running('Backplane') == 2)
+                _, text = await fetch(port, '/connz', 'Connection: close\r\n')
+                connections = json.loads(text)['connections']
+                assert sum(connection['subscriptions'] for connection in connections) == 3
+
+
+def running(name):
+    tasks = [task for task in asyncio.all_tasks() if name in task.get_coro().__qualname__]
+    return len(tasks)
+
+
+@over_nats
+@run_async
+async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    with running_nats('--user', 'relay', '--pass', 'secret') as server:
+        right, wrong = (
+            server.url.replace('//', f'//relay:{word}@') for word in ('secret', 'wr0ng')
+        )
+        with logged(caplog) as lines:
+            async with two_relays(right) as (one, other):
+                async with registered(one, A) as a, registered(other, B) as b:
+                    await exchange(a, b)
+            async with joined_relay(wrong, wait=False) as server, registered(server, A) as a:
+                refusal = (
+                    'NATS: Authorization Violation; clients of other relays cannot be reached'
+                )
+                await until(lambda: refusal in lines())
+                answer = await a.ask(a.offer(B))
+                assert answer == sent_back(a.offer(B), relay.UNFORWARDED['disconnected'])
+        assert lines().count(refusal) == 1
+        assert not re.search('secret|wr0ng', ''.join(r.getMessage() for r in caplog.records))
+
+
+@over_nats
+def test_credentials_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'nkeys.py').touch()
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    line = fails(
+        '--port', '0', '--nats', 'nats://127.0.0.1', '--nats-creds', '/nowhere/relay.creds'
+    )
+    assert line == 'relay.py: cannot read /nowhere/relay.creds: No such file or directory\n'
+    assert 'needs --nats' in fails('--nats-creds', 'x', status=2)
+
+
+def without_package(name, tmp_path, monkeypatch):
+    """Have programs not find a package."""
+    (tmp_path / f'{name}.py').write_text(f'raise ImportError("No module named {name!r}")')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+
+
+def test_without_nats_py_the_option_is_one_line(tmp_path, monkeypatch):
+    without_package('nats', tmp_path, monkeypatch)
+    line = fails('--port', '0', '--nats', 'nats://127.0.0.1')
+    assert line == "relay.py: --nats: No module named 'nats'; pip install nats-py mends it\n"
+
+
+@over_nats
+def test_without_nkeys_credentials_are_one_line(tmp_path, monkeypatch):
+    without_package('nkeys', tmp_path, monkeypatch)
+    line = fails('--port', '0', '--nats', 'nats://127.0.0.1', '--nats-creds', os.devnull)
+    assert line.endswith("No module named 'nkeys'; pip install 'nats-py[nkeys]' mends it\n")
+
+
+def test_without_the_option_nothing_of_nats_is_imported(tmp_path, monkeypatch):
+    without_package('nats', tmp_path, monkeypatch)
+    with running_program('--host', '127.0.0.1') as process:
+        process.terminate()
+        assert (process.wait(), process.stderr.read()) == (0, '')
+
+
+@pytest.mark.parametrize(
+    'url',
+    [
+        '127.0.0.1',
+        'http://127.0.0.1',
+        'nats://',
+        'nats://:4222',
+        'nats://u:secret@h:0',
+        'nats://h:x',
+    ],
+)
+def test_a_wrong_address_of_nats_is_one_line(url):
+    line = fails('--nats', url, status=2)
+    assert 'not of the form nats://HOST:PORT or tls://HOST:PORT' in line and 'secret' not in line
+
+
+@over_nats
+@run_async
+async def test_a_check_has_two_clients_meet_across_relays(bus, tokens):
+    async with two_relays(bus, tokens=tokens) as (one, other):
+        urls = [server.url.replace('//', '//alice:a1@') for server in (one, other)]
+        line = await relay.check(*urls)
+        places = f'{one.url} and {other.url}'
+        assert re.fullmatch(rf'ok: two clients met through {places} in \d+\.\d ms', line)
+        assert one.counts['registrations'] == other.counts['registrations'] == 1
+    async with running_relay() as one, running_relay() as other:
+        with pytest.raises(relay.StartError) as caught:
+            await relay.check(one.url, other.url)
+        assert f'{caught.value}'.startswith(f'{one.url} and {other.url}: Cannot forward')
+        assert 'this peer is unknown' in f'{caught.value}'
+
+
+def test_a_check_takes_two_addresses_and_no_more():
+    assert 'one URL or two' in fails('--check', 'ws://a', 'ws://b', 'ws://c', status=2)
+
+
+@over_nats
+@run_async
+async def test_relays_of_one_machine_share_a_port(bus):
+    port = str(free_port())
+    options = ['--host', '127.0.0.1', '--nats', bus, '--port', port]
+    with running_program(*options) as one, running_program(*options) as other:
+        assert one.url == other.url
+        async with contextlib.AsyncExitStack() as stack:
+            uuids = [UUID(int=n + 1) for n in range(20)]
+            peers = [await stack.enter_async_context(registered(one, u)) for u in uuids]
+            for a, b in zip(peers, peers[1:]):
+                await meet(a, b)
+            for process in (one, other):
+                process.terminate()
+            for peer in peers:
+                await peer.closed_with()
+        logs = [process.stdout.read() for process in (one, other)]
+    assert all('Registered' in log for log in logs)
+    assert sum(log.count(' Registered') for log in logs) == 20
+    assert '"' not in ''.join(logs) and 'address already in use' in fails_on_port(port)
+
+
+def fails_on_port(port):
+    with socket.create_server(('127.0.0.1', int(port))):
+        return fails('--host', '127.0.0.1', '--port', port)
+
+
+@over_nats
+@run_async
+async def test_what_goes_over_nats_is_counted(bus, monkeypatch):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await until(lambda: samples(one)['relay_nats_round_trip_seconds'] > 0)
+            assert samples(one)['relay_nats_connected'] == 1
+            with moves(one, 'relay_remote_messages_total', 2):
+                with moves(other, 'relay_forwarded_messages_total', 2):
+                    for _ in range(2):
+                        await a.say(a.offer(B))
+                        await b.hear()
+                    await settled(one)
+            assert samples(one)['relay_forwarded_messages_total'] == 0
+            with moves(one, refused('unknown_peer')):
+                await a.ask(a.offer(C))
+            assert samples(one)['relay_remote_unknown_total'] == 1
+        await one.backplane.close()
+        assert samples(one)['relay_nats_connected'] == 0
+        async with registered(one, A) as a:
+            with moves(one, refused('disconnected')):
+                await a.ask(a.offer(B))
+        if shutil.which('promtool'):
+            text = relay.metrics(one).encode()
+            promtool = ['promtool', 'check', 'metrics']
+            done = await asyncio.to_thread(
+                subprocess.run, promtool, input=text, capture_output=True
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
+
+
 # ------------------------------------------------------------------------------- Files
 
 
@@ -3474,7 +4234,7 @@ async def begin(talk):
     """See which generation the relay speaks, and connect all clients to it."""
     await relay.check(talk.options.url)
     try:
-        await relay._meet(talk.options.url, talk.generation)
+        await relay._meet(talk.options.url, talk.options.url, talk.generation)
     except ConnectionClosed:
         talk.generation = 'relay'
     mark(talk)
