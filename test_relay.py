@@ -4143,10 +4143,12 @@ def test_the_readme_names_every_option():
 
 
 @pytest.mark.skipif(not shutil.which('systemd-analyze'), reason='systemd-analyze is not here')
-def test_the_unit_is_valid_and_exposes_little():
+def test_the_unit_is_valid_and_exposes_little(tmp_path):
     unit = HERE / 'relay.service'
+    # A copy of it is a template, for several relays on one machine.
+    shutil.copy(unit, tmp_path / 'relay@.service')
     for command in (
-        ['systemd-analyze', 'verify', unit],
+        ['systemd-analyze', 'verify', unit, tmp_path / 'relay@1.service'],
         ['systemd-analyze', 'security', '--offline=true', '--threshold=12', unit],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
