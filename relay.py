@@ -109,7 +109,7 @@ MAX_DIGITS = 100  # characters of a number, which no field takes and peers may n
 UUIDS = 4096  # that are kept as they were read
 ASK_TIMEOUT = 2  # s for another relay to take a message
 SPREAD_TIME = 0.05  # s until all NATS servers know who has subscribed
-DRAIN_TIMEOUT = 2  # s for what is on its way over NATS when the relay stops
+DRAIN_TIMEOUT = 1  # s for what is on its way over NATS when the relay stops
 PULSE = 0.5  # s until the relay looks whether NATS is there, and tries again
 CLAIM_TURNS = 120  # of these until it claims its clients' UUIDs again
 MESSAGE_COST = 2**11  # bytes that a message takes, beside its text, while it is on its way
@@ -1208,15 +1208,14 @@ class Backplane:
     async def _send(
         self, before: Any, client: Client, message: PeerConnection, data: bytes
     ) -> None:
-        try:
-            asking = self._ask(before, client.user, message.peer_uuid, data)
-            kind = await asyncio.wait_for(asking, ASK_TIMEOUT)
-        except Exception as error:  # whatever it is, the message has a verdict
-            logger.debug('NATS: %r', error)
-            kind = 'disconnected'
-            # Verdicts come in the order of the messages.
-            if before is not None:
-                await asyncio.wait({before})
+        asking = asyncio.ensure_future(self._ask(before, client.user, message.peer_uuid, data))
+        # It is not waited for any longer: the library may go on when it is cancelled.
+        await asyncio.wait({asking}, timeout=ASK_TIMEOUT)
+        kind = asking.result() if asking.done() else 'disconnected'
+        asking.cancel()
+        # Verdicts come in the order of the messages.
+        if before is not None:
+            await asyncio.wait({before})
         self.bytes[client] -= len(data) + MESSAGE_COST
         if not self.bytes[client]:
             del self.bytes[client]
@@ -1240,11 +1239,16 @@ class Backplane:
                 return 'disconnected'
             if len(data) > self.nats.max_payload:
                 return 'too_long'
-            with contextlib.suppress(NoRespondersError):
+            try:
                 answer = await self.nats.request(_subject(user, uuid), data, ASK_TIMEOUT)
                 if answer.data != b'unknown_peer':
                     self.relay.counts['remote_messages'] += not answer.data
                     return answer.data.decode() or None
+            except NoRespondersError:
+                pass
+            except Exception as error:  # whatever it is, the message has a verdict
+                logger.debug('NATS: %r', error)
+                return 'disconnected'
             if time.monotonic() - asked >= SPREAD_TIME:
                 self.relay.counts['remote_unknown'] += 1
                 return 'unknown_peer'

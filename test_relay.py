@@ -3651,6 +3651,8 @@ async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monke
         async with two_relays(first.url) as (one, other), registered(one, C) as near:
             async with registered(one, A) as a, registered(other, B) as b:
                 await exchange(a, b)
+                # A verdict that is lost would have its message come back although it has arrived.
+                await settled(one, other)
                 first.send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
                 offer = a.offer(B)
                 # Nobody knows yet that it is lost; the next one is refused at once.
