@@ -1575,13 +1575,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add('--metrics-port', type=port, metavar='PORT', help='for Prometheus, on 127.0.0.1')
     add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
-    add(
-        '--nats',
-        action='append',
-        metavar='URL',
-        type=_nats,
-        help='share clients with other relays over NATS; repeatable',
-    )
+    nats = 'share clients with other relays over NATS; repeatable'
+    add('--nats', action='append', type=_nats, metavar='URL', help=nats)
     add('--nats-creds', metavar='PATH', help='credentials for NATS, unless they are in its URL')
     check = 'see whether two clients meet through the relay at a URL, or through two relays'
     add('--check', metavar='URL', nargs='+', help=check)
