@@ -1109,8 +1109,13 @@ class Backplane:
     def _start(self, work: Any) -> asyncio.Future[Any]:
         task: asyncio.Future[Any] = asyncio.ensure_future(work)
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Future[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # else asyncio logs it: that NATS is lost is told in one line
 
     async def close(self) -> None:
         """Have what is on its way delivered, here and elsewhere, and leave."""

@@ -3339,7 +3339,7 @@ async def exhaust_files(process):
 NATS_SERVER = shutil.which('nats-server', path=f'{os.environ["PATH"]}:/usr/sbin')
 NO_NATS = 'nats-server is not here' if not NATS_SERVER else ''
 try:
-    import nats.errors  # noqa: F401
+    import nats.errors
 except ImportError:
     NO_NATS = NO_NATS or 'nats-py is not here'
 DISCONNECTED = 'because the relays are disconnected.'
@@ -4103,6 +4103,20 @@ async def test_what_goes_over_nats_is_counted(bus, monkeypatch):
                 subprocess.run, promtool, input=text, capture_output=True
             )
             assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
+
+
+@over_nats
+@run_async
+async def test_what_fails_as_nats_is_lost_is_not_logged_as_a_defect(bus, caplog):
+    async def fail():
+        raise nats.errors.ConnectionClosedError
+
+    async with joined_relay(bus) as server:
+        failing = server.backplane._start(fail())
+        await asyncio.wait({failing})
+        del failing
+        gc.collect()
+    assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
 
 
 # ------------------------------------------------------------------------------- Files
