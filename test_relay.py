@@ -3899,7 +3899,7 @@ async def test_of_three_nats_servers_one_may_be_killed():
             await race(one, other, [UUID(int=n) for n in range(1000, 1020)])
         async with joined_relay(*urls) as one, joined_relay(*urls) as other:
             async with registered(one, B) as b, registered(other, C) as c:
-                await exchange(b, c)
+                await meet(b, c)
                 port = one.backplane.nats.connected_url.port
                 (lost,) = [server for server in servers if server.port == port]
                 lost.kill()
