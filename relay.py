@@ -24,9 +24,10 @@ A `relay_registration` (ProxyStore 0.6 and later) is the same, answered by a `re
 left out, are the peers' business, and keys that are not named here travel along.
 
 What cannot be forwarded comes back to its sender, with these fields only and `error` saying why:
-the peer is unknown, the peer does not read what is sent to it, or `source_uuid` is not the
-sender's. What is not a message is answered by a response with `success: false`, `error: true`
-and the reason in `message`. Neither ends the connection, nor the registration.
+the peer is unknown, the peer does not read what is sent to it, `source_uuid` is not the sender's
+or, with --nats, the relay of the peer cannot be reached. What is not a message is answered by a
+response with `success: false`, `error: true` and the reason in `message`. Neither ends the
+connection, nor the registration.
 
 A UUID that registers on a new connection displaces its old one, which is closed: with 1001 if it
 spoke `server_registration`, with 4004 ("do not come back") if it spoke `relay_registration`.
@@ -117,7 +118,7 @@ MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeat
 LIMITS: dict[str, Any] = {  # of a connection, as websockets names them
     'max_size': MAX_MESSAGE,
     'origins': None,
-    'reuse_port': None,
+    'reuse_port': None,  # as asyncio names it
     'open_timeout': 10,
     'close_timeout': 10,
     # Slack for a laptop on a bad network: many clients never come back from a lost connection.
