@@ -3435,7 +3435,13 @@ async def joined(one, other):
     """Return whether a message goes to a client."""
     offer = one.offer(other.uuid, description=str(uuid4()))
     await one.say(offer)
-    hearing = [asyncio.ensure_future(peer.hear()) for peer in (one, other)]
+
+    async def heard(peer):
+        # What was sent before may come now.
+        while (await peer.hear()).get('description') != offer['description']:
+            pass
+
+    hearing = [asyncio.ensure_future(heard(peer)) for peer in (one, other)]
     done, waiting = await asyncio.wait(hearing, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
         task.cancel()
