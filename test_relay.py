@@ -1472,18 +1472,18 @@ async def test_a_message_in_too_many_fragments_is_closed_with_1009(extra):
 @run_async
 async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
     async with (
-        running_relay(rate=300) as server,
+        running_relay(rate=100) as server,
         registered(server, A) as fast,
         registered(server, B) as peer,
     ):
         async with registered(server, C) as other:
-            messages = [fast.offer(B, description=str(n)) for n in range(100)]
+            messages = [fast.offer(B, description=str(n)) for n in range(300)]
             sending = asyncio.gather(*(fast.say(message) for message in messages))
             # Another client does not wait with it: its message comes before the last of those.
             await other.say(other.offer(B))
-            heard = [await peer.hear() for _ in range(101)]
+            heard = [await peer.hear() for _ in range(301)]
             await sending
-            assert heard.index(other.offer(B)) < 100
+            assert heard.index(other.offer(B)) < 300
             heard.remove(other.offer(B))
             assert heard == messages
 
