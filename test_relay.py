@@ -24,11 +24,14 @@ import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import pytest
@@ -74,7 +77,7 @@ async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limit
     """Serve a relay as the command line does; yields it, with its URL as `url`."""
     server = RelayServer(tokens, max_clients, rate)
     if way == 'serve':
-        listening = await relay._listen(server, '127.0.0.1', 0, tls, **limits)
+        listening = until_closed(await relay._listen(server, '127.0.0.1', 0, tls, **limits))
     else:
         process, where = server.process_request, ('127.0.0.1', 0)
         limits = {'max_size': relay.MAX_MESSAGE, 'compression': None, **limits}
@@ -86,6 +89,16 @@ async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limit
         server.url = f'{"wss" if tls else "ws"}://127.0.0.1:{port}/'
         server.listener = listener
         yield server
+
+
+@contextlib.asynccontextmanager
+async def until_closed(listener):
+    """Close a listener of the relay's own."""
+    try:
+        yield listener
+    finally:
+        listener.close()
+        await listener.closed.wait()
 
 
 @pytest.fixture(params=['serve', 'handler'])
@@ -921,13 +934,49 @@ def running_program(*options, hosts=1):
         yield process
 
 
-def fails(*options, status=1, program='relay.py'):
+def forked(program, *options):
+    """Run a program's `main` in a fork of this process, where all that it imports is at hand.
+
+    Returns a function that waits for its end, and returns its status, what it has printed and
+    what it has complained of.
+    """
+    files = tempfile.TemporaryFile('w+'), tempfile.TemporaryFile('w+')
+    child = os.fork()
+    if not child:
+        status = 255
+        signal.alarm(20)
+        sys.stdout, sys.stderr = files
+        os.dup2(files[0].fileno(), 1)
+        os.dup2(files[1].fileno(), 2)
+        logging.getLogger().handlers.clear()
+        try:
+            status = program([str(option) for option in options])
+        except SystemExit as error:
+            status = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for file in files:
+                file.flush()
+            os._exit(status)
+
+    def ended():
+        status = os.waitpid(child, 0)[1]
+        with files[0], files[1]:
+            texts = [file.seek(0) or file.read() for file in files]
+        assert os.WIFEXITED(status)
+        return os.WEXITSTATUS(status), *texts
+
+    ended.child = child
+    return ended
+
+
+def fails(*options, status=1, program=relay):
     """Run a program, see it fail with one line on standard error, and return the line."""
-    command = [sys.executable, HERE / program, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert done.returncode == status and done.stdout == ''
-    assert done.stderr.count('\n') == 1 and done.stderr.startswith(f'{program}: ')
-    return done.stderr
+    ended, text, line = forked(program.main, *options)()
+    assert (ended, text, line.count('\n')) == (status, '', 1)
+    assert line.startswith(f'{Path(program.__file__).name}: ')
+    return line
 
 
 @pytest.mark.parametrize(
@@ -1472,7 +1521,7 @@ async def test_a_message_in_too_many_fragments_is_closed_with_1009(extra):
 @run_async
 async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
     async with (
-        running_relay(rate=100) as server,
+        running_relay(rate=500) as server,
         registered(server, A) as fast,
         registered(server, B) as peer,
     ):
@@ -3362,34 +3411,41 @@ def free_port():
 
 
 @contextlib.contextmanager
-def running_nats(*options, port=None):
-    """Run a NATS server; yields its process once it listens, with its URL and port."""
-    port = port or free_port()
-    command = [NATS_SERVER, '-a', '127.0.0.1', '-p', str(port), *options]
-    silent = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
-    with subprocess.Popen(command, **silent) as process:
-        try:
-            process.port, process.url = port, f'nats://127.0.0.1:{port}'
-            while process.poll() is None:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(('127.0.0.1', port)).close()
-                    break
-            yield process
-        finally:
-            process.kill()
+def running_nats(*lines, port=-1):
+    """Run a NATS server with lines in its configuration.
+
+    Yields its process once it listens, with its URL and the ports that it has chosen, by purpose.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'nats.conf')
+        lines = [f'listen: "127.0.0.1:{port}"', f'ports_file_dir: "{folder}"', *lines]
+        path.write_text('\n'.join(lines))
+        silent = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        with subprocess.Popen([NATS_SERVER, '-c', path], **silent) as process:
+            try:
+                ports = Path(folder, f'nats-server_{process.pid}.ports')
+                while not ports.exists() or not ports.read_text().endswith('}'):
+                    assert process.poll() is None, 'the NATS server has ended'
+                    time.sleep(0.001)
+                told = json.loads(ports.read_text())
+                process.ports = {name: urlsplit(urls[0]).port for name, urls in told.items()}
+                process.url = told['nats'][0]
+                yield process
+            finally:
+                process.kill()
 
 
-@contextlib.contextmanager
-def nats_cluster(*routes):
-    """Run a cluster of NATS servers, each told the ports where it finds others."""
-    with contextlib.ExitStack() as stack:
-        servers = []
-        for port, others in routes:
-            where = f'nats://127.0.0.1:{port}'
-            known = ','.join(f'nats://127.0.0.1:{other}' for other in others)
-            options = ['--cluster_name', 'c', '--cluster', where, '--routes', known]
-            servers.append(stack.enter_context(running_nats(*options, '--no_advertise')))
-        yield servers
+async def connz(server):
+    """Return what a NATS server that has `http` tells of its connections."""
+    _, text = await fetch(server.ports['monitoring'], '/connz', 'Connection: close\r\n')
+    return json.loads(text)
+
+
+def running_member(*others):
+    """Run a NATS server of a cluster, which is told the ports where it finds others."""
+    routes = ', '.join(f'"nats://127.0.0.1:{port}"' for port in others)
+    cluster = 'name: c, listen: "127.0.0.1:-1", no_advertise: true'
+    return running_nats(f'cluster: {{{cluster}, routes: [{routes}]}}')
 
 
 @pytest.fixture(scope='module')
@@ -3686,7 +3742,7 @@ async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monke
                 async with registered(other, UUID(int=8)) as newcomer:
                     if how == 'killed':
                         first.wait()
-                        stack.enter_context(running_nats(port=first.port))
+                        stack.enter_context(running_nats(port=first.ports['nats']))
                     else:
                         first.send_signal(signal.SIGCONT)
                     await until(lambda: one.backplane.connected and other.backplane.connected)
@@ -3771,33 +3827,37 @@ async def test_a_uuid_on_both_sides_of_a_split_ends_with_the_later(monkeypatch):
     monkeypatch.setattr(relay, 'PULSE', 0.02)
     monkeypatch.setattr(relay, 'CLAIM_TURNS', 2)
     monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.2)  # before the servers find each other again
-    ports = free_port(), free_port()
-    async with switch(ports[0]) as (between, writers):
-        with nats_cluster((ports[0], []), (ports[1], [between])) as servers:
-            urls = [server.url for server in servers]
-            async with joined_relay(urls[0]) as one, joined_relay(urls[1]) as other:
-                async with registered(one, B) as b, registered(other, C) as c:
-                    await meet(b, c)
-                    for writer in list(writers):
-                        writer.close()
-                    while await joined(b, c):
-                        pass
-                    async with registered(other, A) as earlier, registered(one, A) as later:
-                        assert holder(one, A) and holder(other, A)
-                        assert await earlier.closed_with() == 1001
-                        await meet(b, later)
-                        await meet(c, later)
+    with running_member() as first:
+        async with switch(first.ports['cluster']) as (between, writers):
+            with running_member(between) as second:
+                async with joined_relay(first.url) as one, joined_relay(second.url) as other:
+                    async with registered(one, B) as b, registered(other, C) as c:
+                        await meet(b, c)
+                        for writer in list(writers):
+                            writer.close()
+                        while await joined(b, c):
+                            pass
+                        async with registered(other, A) as earlier, registered(one, A) as later:
+                            assert holder(one, A) and holder(other, A)
+                            assert await earlier.closed_with() == 1001
+                            await meet(b, later)
+                            await meet(c, later)
 
 
 @over_nats
 @run_async
-async def test_the_peers_of_a_relay_that_is_killed_are_unknown(bus):
-    with running_program('--host', '127.0.0.1', '--nats', bus) as program:
-        async with joined_relay(bus) as one, registered(one, A) as a:
+async def test_the_peers_of_a_relay_that_is_killed_are_unknown():
+    with (
+        running_nats('http: "127.0.0.1:-1"') as server,
+        running_program('--host', '127.0.0.1', '--nats', server.url) as program,
+    ):
+        async with joined_relay(server.url) as one, registered(one, A) as a:
             async with registered(program, B) as b:
                 await meet(a, b)
                 program.kill()
-                program.wait()
+                # NATS itself has to hear of it before.
+                while len((await connz(server))['connections']) > 1:
+                    pass
                 assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
                 await hears_only(a)
 
@@ -3830,9 +3890,8 @@ async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, mon
 
 @over_nats
 @run_async
-async def test_a_message_that_nats_does_not_take_comes_back(tmp_path):
-    (tmp_path / 'conf').write_text('max_payload: 1000')
-    with running_nats('-c', str(tmp_path / 'conf')) as server:
+async def test_a_message_that_nats_does_not_take_comes_back():
+    with running_nats('max_payload: 1000') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, A) as a, registered(other, B) as b:
                 offer = a.offer(B, description='x' * 1000)
@@ -3895,8 +3954,11 @@ async def test_each_message_to_a_relay_that_ends_arrives_or_comes_back(bus):
 @over_nats
 @run_async
 async def test_of_three_nats_servers_one_may_be_killed():
-    ports = [free_port() for _ in range(3)]
-    with nats_cluster(*((port, ports) for port in ports)) as servers:
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for _ in range(3):
+            others = [server.ports['cluster'] for server in servers]
+            servers.append(stack.enter_context(running_member(*others)))
         urls = [server.url for server in servers]
         async with joined_relay(urls[0]) as one, joined_relay(urls[1]) as other:
             # Servers that do not know each other yet are no subject here.
@@ -3906,8 +3968,8 @@ async def test_of_three_nats_servers_one_may_be_killed():
         async with joined_relay(*urls) as one, joined_relay(*urls) as other:
             async with registered(one, B) as b, registered(other, C) as c:
                 await meet(b, c)
-                port = one.backplane.nats.connected_url.port
-                (lost,) = [server for server in servers if server.port == port]
+                url = one.backplane.nats.connected_url.geturl()
+                (lost,) = [server for server in servers if server.url == url]
                 lost.kill()
                 lost.wait()
                 await until(lambda: not one.backplane.connected)
@@ -3920,8 +3982,7 @@ async def test_of_three_nats_servers_one_may_be_killed():
 @over_nats
 @run_async
 async def test_clients_that_come_and_go_leave_nothing_with_nats():
-    port = free_port()
-    with running_nats('-m', str(port)) as server:
+    with running_nats('http: "127.0.0.1:-1"') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, C) as near, registered(other, C) as newer:
                 assert await near.closed_with() == 1001
@@ -3947,8 +4008,7 @@ async def test_clients_that_come_and_go_leave_nothing_with_nats():
                 assert len(other.backplane.claims) == len(other.backplane.subscriptions) == 1
                 # One for the client that is left, and one for each relay's answers.
                 await until(lambda: running('_wait_for_msgs') == 3 and running('Backplane') == 2)
-                _, text = await fetch(port, '/connz', 'Connection: close\r\n')
-                connections = json.loads(text)['connections']
+                connections = (await connz(server))['connections']
                 assert sum(connection['subscriptions'] for connection in connections) == 3
 
 
@@ -3961,7 +4021,7 @@ def running(name):
 @run_async
 async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
     monkeypatch.setattr(relay, 'PULSE', 0.02)
-    with running_nats('--user', 'relay', '--pass', 'secret') as server:
+    with running_nats('authorization: {user: relay, password: secret}') as server:
         right, wrong = (
             server.url.replace('//', f'//relay:{word}@') for word in ('secret', 'wr0ng')
         )
@@ -3983,7 +4043,7 @@ async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
 @over_nats
 def test_credentials_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
     (tmp_path / 'nkeys.py').touch()
-    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     line = fails(
         '--port', '0', '--nats', 'nats://127.0.0.1', '--nats-creds', '/nowhere/relay.creds'
     )
@@ -3992,9 +4052,12 @@ def test_credentials_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
 
 
 def without_package(name, tmp_path, monkeypatch):
-    """Have programs not find a package."""
+    """Have programs not find a package, be they forked or new."""
     (tmp_path / f'{name}.py').write_text(f'raise ImportError("No module named {name!r}")')
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [module for module in sys.modules if module.partition('.')[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
 
 
 def test_without_nats_py_the_option_is_one_line(tmp_path, monkeypatch):
@@ -4360,7 +4423,7 @@ def figures(talk, latencies):
     return {'generation': talk.generation, **found, 'errors': talk.errors}
 
 
-def options_of(argv=None):
+def options_of(argv):
     parser = argparse.ArgumentParser('test_relay.py', usage=argparse.SUPPRESS)
     parser.description = 'Measure a relay: each of some clients exchanges offers with another.'
     add, number = parser.add_argument, functools.partial(relay._number_of, least=1)
@@ -4373,9 +4436,9 @@ def options_of(argv=None):
     return parser.parse_args(argv)
 
 
-def main():
+def main(argv=None):
     """Measure a relay; return the exit status."""
-    options = options_of()
+    options = options_of(argv)
     logging.disable()  # what goes wrong is told in one line
     try:
         found = asyncio.run(measure(options))
@@ -4397,15 +4460,16 @@ def main():
 
 
 def measured(url, *options):
-    """Run the benchmark; return its status, what it prints, and what it complains of."""
-    command = [sys.executable, HERE / 'test_relay.py', url, '--pairs', '3', '--seconds', '0.2']
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=20)
-    return done.returncode, done.stdout, done.stderr
+    """Begin to run the benchmark; returns what `forked` does."""
+    return forked(main, url, '--pairs', 3, '--seconds', 0.2, *options)
 
 
 def test_the_benchmark_measures_a_relay():
     with running_program('--host', '127.0.0.1') as process:
-        status, text, errors = measured(process.url, '--json', '--pid', f'{process.pid}')
+        command = [sys.executable, HERE / 'test_relay.py', process.url, '--pairs', '3']
+        command += ['--seconds', '0.2', '--json', '--pid', str(process.pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    status, text, errors = done.returncode, done.stdout, done.stderr
     found = json.loads(text)
     assert (status, errors, found['errors'], found['generation']) == (0, '', 0, 'server')
     assert found['messages_per_second'] > 0
@@ -4419,7 +4483,7 @@ def test_the_benchmark_prints_a_table_and_shows_a_token_through_tls(pem, tokens,
     with running_program('--host', '127.0.0.1', *options) as process:
         # A message of this size comes in many pieces.
         url = process.url.replace('ws://', 'wss://alice:a1@')
-        status, text, errors = measured(url, '--size', '500000')
+        status, text, errors = measured(url, '--size', '500000')()
     assert (status, errors) == (0, '')
     assert re.search(r'^messages per second +[1-9]\d*$', text, re.M) and 'cpu' not in text
 
@@ -4427,7 +4491,7 @@ def test_the_benchmark_prints_a_table_and_shows_a_token_through_tls(pem, tokens,
 @run_async
 async def test_the_benchmark_knows_the_relay_of_the_later_generation():
     async with later_relay() as url:
-        status, text, errors = await asyncio.to_thread(measured, url, '--json')
+        status, text, errors = await asyncio.to_thread(measured(url, '--json'))
     assert (status, errors, json.loads(text)['generation']) == (0, '', 'relay')
 
 
@@ -4439,7 +4503,7 @@ async def test_the_benchmark_counts_what_does_not_arrive_as_it_was_sent():
 
     texts = []
     async with later_relay(changed) as url:
-        status, text, errors = await asyncio.to_thread(measured, url, '--json')
+        status, text, errors = await asyncio.to_thread(measured(url, '--json'))
     count = json.loads(text)['errors']
     assert count > 0
     assert (status, errors) == (1, f'test_relay.py: {count} messages not heard as sent\n')
@@ -4448,7 +4512,7 @@ async def test_the_benchmark_counts_what_does_not_arrive_as_it_was_sent():
 @pytest.mark.parametrize(
     'end, line',
     [
-        (lambda process, benchmark: benchmark.send_signal(signal.SIGINT), 'interrupted'),
+        (lambda process, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
         (lambda process, benchmark: process.terminate(), 'closed: '),
         (lambda process, benchmark: process.kill(), 'closed: '),
     ],
@@ -4456,16 +4520,14 @@ async def test_the_benchmark_counts_what_does_not_arrive_as_it_was_sent():
 )
 def test_a_benchmark_that_ends_early_is_one_line(end, line):
     with running_program('--host', '127.0.0.1') as process:
-        command = [sys.executable, HERE / 'test_relay.py', process.url, '--pairs', '3']
-        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-        with subprocess.Popen(command, **pipes) as benchmark, ended_in_time(benchmark):
-            # Its six clients, after those of the check and of the look for the generation.
-            lines = (x for x in process.stdout if ':: Registered' in x)
-            for _ in range(2 + 2 + 6):
-                next(lines)
-            end(process, benchmark)
-            text, errors = benchmark.communicate()
-    assert (benchmark.returncode, text, errors.count('\n')) == (1, '', 1)
+        benchmark = forked(main, process.url, '--pairs', '3')
+        # Its six clients, after those of the check and of the look for the generation.
+        lines = (x for x in process.stdout if ':: Registered' in x)
+        for _ in range(2 + 2 + 6):
+            next(lines)
+        end(process, benchmark.child)
+        status, text, errors = benchmark()
+    assert (status, text, errors.count('\n')) == (1, '', 1)
     assert errors.startswith(f'test_relay.py: {line}')
 
 
@@ -4478,13 +4540,13 @@ async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
 
     async with running_relay() as server:
         server._admit = admit
-        status, text, errors = await asyncio.to_thread(measured, server.url)
+        status, text, errors = await asyncio.to_thread(measured(server.url))
     assert (status, text, errors.count('\n')) == (1, '', 1)
     assert 'closed: received 1008 (policy violation) not today; ' in errors
 
 
 def test_a_benchmark_that_cannot_begin_is_one_line():
-    fails_with = functools.partial(fails, program='test_relay.py')
+    fails_with = functools.partial(fails, program=sys.modules[__name__])
     assert ' ws://127.0.0.1:1: refused; ' in fails_with('ws://alice:secret@127.0.0.1:1')
     with running_program('--host', '127.0.0.1', '--max-clients', '5') as process:
         assert ': closed: received 1013 ' in fails_with(process.url)
