@@ -88,6 +88,9 @@ if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
 
 __version__ = '0.1.0'
+# On some versions of Python, a member of an enumeration takes longer to reach.
+CONNECTING, OPEN = State.CONNECTING, State.OPEN
+TEXT, PING, PONG, CLOSE = Opcode.TEXT, Opcode.PING, Opcode.PONG, Opcode.CLOSE
 logger = logging.getLogger('relay')
 LIBRARY = logging.getLogger('websockets')
 
@@ -510,7 +513,7 @@ class RelayServer:
         return None
 
     def _admit(self, client: Client, request: ServerRegistration) -> None:
-        if client.websocket.state is not State.OPEN:
+        if client.websocket.state is not OPEN:
             return
         # Whoever has taken the UUID meanwhile is displaced as well.
         key = (client.user, request.uuid)
@@ -568,12 +571,11 @@ class RelayServer:
             kind = self.deliver(client.user, message.peer_uuid, text.encode())
         else:
             kind = self.backplane.forward(client, message, text.encode())
-        self.settle(client, message, kind)
+        if kind is not None:
+            self.send_back(client, message, kind)
 
-    def settle(self, client: Client, message: PeerConnection, kind: str | None) -> None:
-        """Send a message back with an error, if it is one of UNFORWARDED."""
-        if kind is None:
-            return
+    def send_back(self, client: Client, message: PeerConnection, kind: str) -> None:
+        """Send a message back with its error, which is one of UNFORWARDED."""
         reason = UNFORWARDED[kind]
         self.log_refusal(kind, client, client, f'message to {message.peer_uuid}: {reason}')
         error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
@@ -669,7 +671,7 @@ def _bound_buffers(sock: Any) -> None:
 
 def _backlog(websocket: Any) -> int | None:
     """Return how many bytes wait for a peer to read, or None if it is closed."""
-    if websocket.state is not State.OPEN:
+    if websocket.state is not OPEN:
         return None
     try:
         unread: int = websocket.transport.get_write_buffer_size()
@@ -724,14 +726,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Deal with what has come."""
-        data = bytes(self.server.buffer[:nbytes])
+        self.input += self.server.buffer[:nbytes]
         # A TLS hello, which the protocol would take for the beginning of a line.
-        if self.state is State.CONNECTING and data.startswith(b'\x16'):
+        if not self.opened and self.state is CONNECTING and self.input.startswith(b'\x16'):
             return self.transport.abort()
         self.heard = time.monotonic()
         # To the end: the least recently heard come first.
         self.server.connections.move_to_end(self)
-        self.input += data
         self._deal()
 
     def eof_received(self) -> None:
@@ -755,7 +756,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def write(self, data: bytes) -> None:
         """Write a message, or nothing if the connection is closed, without waiting."""
-        if self.protocol.state is State.OPEN:
+        if self.protocol.state is OPEN:
             self.protocol.send_text(data)
             if not self.pending:
                 self.server.flush_soon(self)
@@ -764,7 +765,7 @@ class Connection(asyncio.BufferedProtocol):
     def close(self, code: int, reason: str) -> None:
         """Close: whatever the client sends from now on does nothing."""
         self.closing = True
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self.protocol.send_close(code, reason)
             self.flush()
         # It is to be heard when it answers that.
@@ -773,7 +774,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def keep_alive(self, now: float) -> None:
         """Ping a client that has not been heard for long, or give it up."""
-        if self.held or self.state is not State.OPEN:
+        if self.held or self.state is not OPEN:
             return
         if self.pinged <= self.heard:
             self.pinged = now
@@ -818,6 +819,8 @@ class Connection(asyncio.BufferedProtocol):
         """Write what the protocol has to say."""
         self.pending = 0
         writes = self.protocol.data_to_send()
+        if not writes:
+            return
         if any(writes):
             self.transport.write(b''.join(writes))
         if b'' in writes:  # for the end
@@ -839,15 +842,15 @@ class Connection(asyncio.BufferedProtocol):
         """Deal with a request or a frame."""
         if isinstance(event, Request):
             return self._open(event)
-        if event.opcode is Opcode.PING:
+        if event.opcode is PING:
             # It is answered whether that is read or not.
             unread = self.transport.get_write_buffer_size()
             self.pongs = self.pongs + 2 + len(event.data) if unread else 0
             if self.pongs > MAX_PONGS:
                 return self.transport.abort()
-        if self.closing or event.opcode is Opcode.CLOSE:
+        if self.closing or event.opcode is CLOSE:
             return
-        if event.opcode not in (Opcode.PING, Opcode.PONG):
+        if event.opcode is not PING and event.opcode is not PONG:
             self._put_together(event)
         wait = self.relay.pace(self.client)
         if wait:
@@ -860,7 +863,7 @@ class Connection(asyncio.BufferedProtocol):
             answer = self.respond(503, 'stopping\n')
         self.protocol.send_response(answer or self.protocol.accept(request))
         self.flush()
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self.opened = True
             self.deadline.cancel()
             self.relay.enter(self.client, request)
@@ -879,9 +882,9 @@ class Connection(asyncio.BufferedProtocol):
         if not frame.fin:
             return
         parts, self.parts = self.parts, []
-        data = b''.join([part.data for part in parts])
+        data = bytes(frame.data) if len(parts) == 1 else b''.join([part.data for part in parts])
         try:
-            text = data.decode() if parts[0].opcode is Opcode.TEXT else data
+            text = data.decode() if parts[0].opcode is TEXT else data
             waiting = self.relay.receive(self.client, text)
             if waiting is not None:
                 self._hold()
@@ -912,7 +915,7 @@ class Listener:
         """Listen on each address of a host."""
         more: Any = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
         more['reuse_port'] = self.limits['reuse_port']
-        loop = asyncio.get_running_loop()
+        loop = self.loop = asyncio.get_running_loop()
         make = partial(Connection, self)
         self.server = await loop.create_server(make, host, port, ssl=tls, **more)
         self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
@@ -923,7 +926,7 @@ class Listener:
     def flush_soon(self, connection: Connection) -> None:
         """Have a connection write once what has come is dealt with: many messages at one go."""
         if not self.unflushed:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self.loop.call_soon(self._flush)
         self.unflushed.append(connection)
 
     def _flush(self) -> None:
@@ -944,13 +947,6 @@ class Listener:
         self.connections.pop(connection, None)  # type: ignore[arg-type]
         if not self.connections and not self.is_serving():
             self.closed.set()
-
-    async def __aenter__(self) -> Listener:
-        return self
-
-    async def __aexit__(self, *_: Any) -> None:
-        self.close()
-        await self.closed.wait()
 
     def close(self) -> None:
         """Take no more connections, and close those that there are."""
@@ -1227,8 +1223,8 @@ class Backplane:
             del self.bytes[client]
         if self.sent[client, message.peer_uuid] is asyncio.current_task():
             del self.sent[client, message.peer_uuid]
-        if client.websocket.state is State.OPEN:
-            self.relay.settle(client, message, kind)
+        if kind is not None and client.websocket.state is OPEN:
+            self.relay.send_back(client, message, kind)
 
     async def _ask(self, before: Any, user: str, uuid: UUID, data: bytes) -> str | None:
         from nats.errors import NoRespondersError
