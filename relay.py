@@ -1027,7 +1027,9 @@ class Backplane:
 
             if credentials:
                 __import__('nkeys')
-                open(credentials).close()
+                with open(credentials, 'rb') as file:
+                    if b'BEGIN USER NKEY SEED' not in file.read():
+                        raise StartError(f'{credentials} holds no credentials for NATS')
         except ImportError as error:
             raise StartError(f'--nats: {error}; pip install {package} mends it') from error
         except OSError as error:

@@ -4041,13 +4041,35 @@ async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
 
 
 @over_nats
-def test_credentials_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
+@run_async
+async def test_relays_meet_over_tls_to_nats_and_not_if_it_is_another_server(pem, monkeypatch):
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
+    files = '{{cert_file: "{0}/{1}.pem", key_file: "{0}/{1}.key"}}'
+    servers = [running_nats(f'tls: {files.format(pem, name)}') for name in ('cert', 'other')]
+    with servers[0] as known, servers[1] as other:
+        known, other = (server.url.replace('nats://', 'tls://') for server in (known, other))
+        async with two_relays(known) as (one, two), joined_relay(other, wait=False) as lost:
+            async with registered(one, A) as a, registered(two, B) as b, registered(lost, C) as c:
+                await exchange(a, b)
+                await until(lambda: lost.backplane.faults)
+                assert any('certificate verify failed' in fault for fault in lost.backplane.faults)
+                answer = await c.ask(c.offer(B))
+                assert answer == sent_back(c.offer(B), relay.UNFORWARDED['disconnected'])
+
+
+@over_nats
+def test_credentials_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
     (tmp_path / 'nkeys.py').touch()
     monkeypatch.syspath_prepend(tmp_path)
     line = fails(
         '--port', '0', '--nats', 'nats://127.0.0.1', '--nats-creds', '/nowhere/relay.creds'
     )
     assert line == 'relay.py: cannot read /nowhere/relay.creds: No such file or directory\n'
+    line = fails(
+        '--port', '0', '--nats', 'nats://127.0.0.1', '--nats-creds', tmp_path / 'nkeys.py'
+    )
+    assert line == f'relay.py: {tmp_path}/nkeys.py holds no credentials for NATS\n'
     assert 'needs --nats' in fails('--nats-creds', 'x', status=2)
 
 
