@@ -1083,6 +1083,10 @@ class Backplane:
             await asyncio.sleep(PULSE)
 
     async def _stay_connected(self) -> None:
+        # The library takes what comes next for an answer to its first ping, news of the cluster
+        # as well, and would then never be connected.
+        if not self.connected:
+            raise ConnectionError('interrupted by news of the cluster')
         self.faults.clear()
         where = self.nats.connected_url
         logger.info('NATS is connected: %s:%d', where.hostname, where.port)

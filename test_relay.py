@@ -3797,21 +3797,24 @@ async def test_a_relay_serves_before_nats_is_there(caplog, monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def switch(port):
-    """Pass connections on to a port; yields a set of their writers, for a test to close."""
+async def switch(port, edited=bytes):
+    """Pass connections on to a port, edit what comes from it.
+
+    Yields the port of its own, and a set of the writers, for a test to close.
+    """
     writers = set()
 
-    async def copy(reader, writer):
+    async def copy(reader, writer, edited=bytes):
         writers.add(writer)
         with contextlib.suppress(OSError):
             while data := await reader.read(2**16):
-                writer.write(data)
+                writer.write(edited(data))
         writer.close()
 
     async def accept(reader, writer):
         with contextlib.suppress(asyncio.CancelledError):
             far_reader, far_writer = await asyncio.open_connection('127.0.0.1', port)
-            await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer))
+            await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer, edited))
 
     async with await asyncio.start_server(accept, '127.0.0.1', 0) as server:
         yield server.sockets[0].getsockname()[1], writers
@@ -3819,6 +3822,25 @@ async def switch(port):
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+
+@over_nats
+@run_async
+async def test_news_of_a_cluster_that_come_at_once_disconnect_nobody(caplog, monkeypatch):
+    def edited(data):
+        said.append(data)
+        # The first line that NATS said, again, before its answer to the first ping.
+        return said[0] + data if said.count(b'PONG\r\n') == 1 == len(said) - 1 else data
+
+    said = []
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    with running_nats() as server, logged(caplog) as lines:
+        async with switch(server.ports['nats'], edited) as (port, _):
+            async with joined_relay(f'nats://127.0.0.1:{port}') as one:
+                async with joined_relay(server.url) as other:
+                    async with registered(one, A) as a, registered(other, B) as b:
+                        await exchange(a, b)
+    assert any('interrupted by news of the cluster' in line for line in lines())
 
 
 @over_nats
