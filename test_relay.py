@@ -3405,9 +3405,13 @@ def test_relays_are_run_over_nats():
     pass
 
 
-def free_port():
-    with socket.create_server(('127.0.0.1', 0)) as sock:
-        return sock.getsockname()[1]
+@contextlib.contextmanager
+def port_to_come():
+    """Hold a port where nobody listens yet: who names it may, and nobody else is given it."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(('127.0.0.1', 0))
+        yield sock.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -3718,7 +3722,9 @@ async def test_three_relays_share_their_clients(bus):
 async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monkeypatch):
     monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.2)
     monkeypatch.setattr(relay, 'PULSE', 0.02)
-    with running_nats() as first, logged(caplog) as lines, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, logged(caplog) as lines:
+        port = stack.enter_context(port_to_come())
+        first = stack.enter_context(running_nats(port=port))
         async with two_relays(first.url) as (one, other), registered(one, C) as near:
             async with registered(one, A) as a, registered(other, B) as b:
                 await exchange(a, b)
@@ -3742,7 +3748,7 @@ async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monke
                 async with registered(other, UUID(int=8)) as newcomer:
                     if how == 'killed':
                         first.wait()
-                        stack.enter_context(running_nats(port=first.ports['nats']))
+                        stack.enter_context(running_nats(port=port))
                     else:
                         first.send_signal(signal.SIGCONT)
                     await until(lambda: one.backplane.connected and other.backplane.connected)
@@ -3775,9 +3781,8 @@ async def offers_of(sender, receiver):
 @run_async
 async def test_a_relay_serves_before_nats_is_there(caplog, monkeypatch):
     monkeypatch.setattr(relay, 'PULSE', 0.02)
-    port = free_port()
-    url = f'nats://127.0.0.1:{port}'
-    with logged(caplog, 'WARNING') as lines:
+    with logged(caplog, 'WARNING') as lines, port_to_come() as port:
+        url = f'nats://127.0.0.1:{port}'
         async with joined_relay(url, wait=False) as one, joined_relay(url, wait=False) as other:
             async with registered(one, A) as a, registered(one, C) as near:
                 async with registered(other, B) as b, registered(other, A) as later:
@@ -4163,9 +4168,11 @@ def test_a_check_takes_two_addresses_and_no_more():
 @over_nats
 @run_async
 async def test_relays_of_one_machine_share_a_port(bus):
-    port = str(free_port())
-    options = ['--host', '127.0.0.1', '--nats', bus, '--port', port]
-    with running_program(*options) as one, running_program(*options) as other:
+    options = '--host', '127.0.0.1', '--nats', bus
+    with contextlib.ExitStack() as programs:
+        one = programs.enter_context(running_program(*options))
+        port = str(one.ports[0])
+        other = programs.enter_context(running_program(*options, '--port', port))
         assert one.url == other.url
         async with contextlib.AsyncExitStack() as stack:
             uuids = [UUID(int=n + 1) for n in range(20)]
@@ -4179,12 +4186,12 @@ async def test_relays_of_one_machine_share_a_port(bus):
         logs = [process.stdout.read() for process in (one, other)]
     assert all('Registered' in log for log in logs)
     assert sum(log.count(' Registered') for log in logs) == 20
-    assert '"' not in ''.join(logs) and 'address already in use' in fails_on_port(port)
+    assert '"' not in ''.join(logs) and 'address already in use' in fails_on_a_port()
 
 
-def fails_on_port(port):
-    with socket.create_server(('127.0.0.1', int(port))):
-        return fails('--host', '127.0.0.1', '--port', port)
+def fails_on_a_port():
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        return fails('--host', '127.0.0.1', '--port', taken.getsockname()[1])
 
 
 @over_nats
