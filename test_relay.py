@@ -3713,6 +3713,8 @@ async def test_three_relays_share_their_clients(bus):
             for server in (two, three):
                 async with registered(server, A) as new:
                     await exchange(new, b)
+                    # Until then, the one before may be who hears it.
+                    await settled(server)
                     await exchange(c, new)
 
 
