@@ -68,12 +68,7 @@ from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
 try:
-    from websockets.exceptions import (
-        ConnectionClosed,
-        InvalidHandshake,
-        InvalidOrigin,
-        InvalidStatus,
-    )
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
     from websockets.frames import Frame, Opcode
     from websockets.http11 import Request, Response
     from websockets.protocol import State
@@ -92,7 +87,6 @@ __version__ = '0.1.0'
 CONNECTING, OPEN = State.CONNECTING, State.OPEN
 TEXT, PING, PONG, CLOSE = Opcode.TEXT, Opcode.PING, Opcode.PONG, Opcode.CLOSE
 logger = logging.getLogger('relay')
-LIBRARY = logging.getLogger('websockets')
 
 # Limits, each with its reason.
 MAX_MESSAGE = 2**20  # bytes: what ProxyStore's own relay takes, and its clients
@@ -110,7 +104,6 @@ STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
 CHECK_TIMEOUT = 10  # s until a check has failed
 REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
 MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
-UUIDS = 4096  # that are kept as they were read
 ASK_TIMEOUT = 2  # s for another relay to take a message
 SPREAD_TIME = 0.05  # s until all NATS servers know who has subscribed
 DRAIN_TIMEOUT = 1  # s for what is on its way over NATS when the relay stops
@@ -128,8 +121,6 @@ LIMITS: dict[str, Any] = {  # of a connection, as websockets names them
     'ping_interval': 30,
     'ping_timeout': 90,
 }
-
-NATS_PREFIX = 'relay'  # of all subjects
 NATS_OPTIONS: dict[str, Any] = {
     'name': 'relay.py',
     'allow_reconnect': False,
@@ -262,7 +253,7 @@ def decode(text: str | bytes) -> Message:
 
 
 # Most are those of the same few peers; others than the usual form may be long.
-_known = lru_cache(UUIDS)(UUID)
+_known = lru_cache(4096)(UUID)
 
 
 def _uuid(key: str, value: str) -> UUID:
@@ -695,7 +686,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, server: Listener) -> None:
         self.server, self.relay = server, server.relay
         origins, max_size = server.limits['origins'], server.limits['max_size']
-        self.protocol = ServerProtocol(origins=origins, max_size=max_size, logger=LIBRARY)
+        self.protocol = ServerProtocol(origins=origins, max_size=max_size)
         self.client = Client('', None, self)
         # What has come and is held, its frames the last first; the fragments of a message.
         self.input, self.events, self.parts = b'', list[Any](), list[Frame]()
@@ -858,17 +849,18 @@ class Connection(asyncio.BufferedProtocol):
             asyncio.get_running_loop().call_later(wait, self._release)
 
     def _open(self, request: Request) -> None:
-        answer = self.server.answer(self, request)
-        if answer is None and not self.server.is_serving():
-            answer = self.respond(503, 'stopping\n')
-        self.protocol.send_response(answer or self.protocol.accept(request))
+        response = self.server.answer(self, request)
+        if response is None and not self.server.is_serving():
+            response = self.respond(503, 'stopping\n')
+        response = response or self.protocol.accept(request)
+        self.protocol.send_response(response)
         self.flush()
         if self.state is OPEN:
             self.opened = True
             self.deadline.cancel()
             self.relay.enter(self.client, request)
             request.headers.clear()  # the protocol keeps the request
-        elif isinstance(self.protocol.handshake_exc, InvalidOrigin):
+        elif response.status_code == 403:
             who = address_of(self.remote_address)
             reason = f'no page of {shown(request.headers.get("Origin", ""))} may connect'
             self.relay.log_refusal('unauthorized', 403, who, reason)
@@ -1266,7 +1258,7 @@ class Backplane:
 
 def _subject(user: str, uuid: UUID | None) -> str:
     # In hexadecimal: to NATS, some characters of names mean something.
-    return f'{NATS_PREFIX}.{user.encode().hex() or "-"}.{uuid}'
+    return f'relay.{user.encode().hex() or "-"}.{uuid}'
 
 
 # ------------------------------------------------------------------------------- Operations
