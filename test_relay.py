@@ -3439,6 +3439,13 @@ def running_nats(*lines, port=-1):
                 process.kill()
 
 
+def strike(process, how):
+    """Kill a process, or freeze it: its threads do not stop at once, but pass on what comes."""
+    process.send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
+    if how == 'frozen':
+        os.waitpid(process.pid, os.WUNTRACED)
+
+
 async def connz(server):
     """Return what a NATS server that has `http` tells of its connections."""
     _, text = await fetch(server.ports['monitoring'], '/connz', 'Connection: close\r\n')
@@ -3732,7 +3739,7 @@ async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monke
                 await exchange(a, b)
                 # A verdict that is lost would have its message come back although it has arrived.
                 await settled(one, other)
-                first.send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
+                strike(first, how)
                 offer = a.offer(B)
                 # Nobody knows yet that it is lost; the next one is refused at once.
                 for _ in range(2):
@@ -3899,7 +3906,7 @@ async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, mon
         async with joined_relay(bus) as one, registered(one, A) as a, registered(one, C) as near:
             async with registered(program, B) as b:
                 await meet(a, b)
-                program.send_signal(signal.SIGSTOP)
+                strike(program, 'frozen')
                 began = time.monotonic()
                 offers = [a.offer(B, description=str(n)) for n in range(20)]
                 for offer in offers:
@@ -3942,7 +3949,7 @@ async def test_a_relay_that_ends_has_delivered_what_was_on_its_way(how):
             async with registered(program, B) as b:
                 await meet(a, b)
                 if how != 'there':
-                    server.send_signal(signal.SIGKILL if how == 'killed' else signal.SIGSTOP)
+                    strike(server, how)
                 # Who does not read its errors is not read either.
                 closing = asyncio.ensure_future(b.close_frame())
                 offers = [b.offer(A, description=str(n)) for n in range(100)]
