@@ -1110,7 +1110,9 @@ class Backplane:
     def _done(self, task: asyncio.Future[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # else asyncio logs it: that NATS is lost is told in one line
+            # Else asyncio logs it. That NATS is lost is told in one line, and the next connection
+            # begins anew.
+            task.exception()
 
     async def close(self) -> None:
         """Have what is on its way delivered, here and elsewhere, and leave."""
@@ -1135,25 +1137,22 @@ class Backplane:
             self._start(self._release(self.subscriptions.pop(client)))
 
     async def _subscribe(self, client: Client) -> Any:
-        with contextlib.suppress(Exception):  # the connection is lost; the next begins anew
-            hear = partial(self._hear, client)
-            subscription = await self.nats.subscribe(_subject(client.user, client.uuid), cb=hear)
-            # Of a claim made at this very moment, another relay may hear before it is heard of.
-            for pause in (SPREAD_TIME, 0):
-                await self._claim(client)
-                await asyncio.sleep(pause)
-            return subscription
+        hear = partial(self._hear, client)
+        subscription = await self.nats.subscribe(_subject(client.user, client.uuid), cb=hear)
+        # Of a claim made at this very moment, another relay may hear before it is heard of.
+        for pause in (SPREAD_TIME, 0):
+            await self._claim(client)
+            await asyncio.sleep(pause)
+        return subscription
 
     async def _release(self, subscribing: asyncio.Future[Any]) -> None:
-        with contextlib.suppress(Exception):
-            await (await subscribing).drain()
+        await (await subscribing).drain()
 
     async def _claim_all(self) -> None:
         """Subscribe who is not; claim again: some may have registered twice with NATS split."""
         for client in list(self.claims):
             if client in self.subscriptions:
-                with contextlib.suppress(Exception):
-                    await self._claim(client)
+                await self._claim(client)
             elif client in self.claims:
                 self.subscriptions[client] = self._start(self._subscribe(client))
             await asyncio.sleep(0)
