@@ -1207,14 +1207,16 @@ class Backplane:
     async def _send(
         self, before: Any, client: Client, message: PeerConnection, data: bytes
     ) -> None:
-        asking = asyncio.ensure_future(self._ask(before, client.user, message.peer_uuid, data))
-        # It is not waited for any longer: the library may go on when it is cancelled.
-        await asyncio.wait({asking}, timeout=ASK_TIMEOUT)
-        kind = asking.result() if asking.done() else 'disconnected'
-        asking.cancel()
-        # Verdicts come in the order of the messages.
+        asked = time.monotonic()
         if before is not None:
             await asyncio.wait({before})
+        asking = asyncio.ensure_future(self._ask(asked, client.user, message.peer_uuid, data))
+        left = asked + ASK_TIMEOUT - time.monotonic()
+        # It is not waited for any longer: the library may go on when it is cancelled.
+        if left > 0:
+            await asyncio.wait({asking}, timeout=left)
+        kind = asking.result() if asking.done() else 'disconnected'
+        asking.cancel()
         self.bytes[client] -= len(data) + MESSAGE_COST
         if not self.bytes[client]:
             del self.bytes[client]
@@ -1223,12 +1225,9 @@ class Backplane:
         if kind is not None and client.websocket.state is OPEN:
             self.relay.send_back(client, message, kind)
 
-    async def _ask(self, before: Any, user: str, uuid: UUID, data: bytes) -> str | None:
+    async def _ask(self, asked: float, user: str, uuid: UUID, data: bytes) -> str | None:
         from nats.errors import NoRespondersError
 
-        asked = time.monotonic()
-        if before is not None:
-            await asyncio.wait({before})
         while True:
             # It may have come here meanwhile.
             kind = self.relay.deliver(user, uuid, data)
