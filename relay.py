@@ -63,7 +63,7 @@ import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
@@ -79,12 +79,9 @@ except ImportError as error:
         raise
     raise SystemExit(f"relay.py: {error}; pip install 'websockets>=14' mends it") from None
 
-if TYPE_CHECKING:
-    from websockets.asyncio.server import ServerConnection
-
 __version__ = '0.1.0'
 # On some versions of Python, a member of an enumeration takes longer to reach.
-CONNECTING, OPEN = State.CONNECTING, State.OPEN
+OPEN = State.OPEN
 TEXT, PING, PONG, CLOSE = Opcode.TEXT, Opcode.PING, Opcode.PONG, Opcode.CLOSE
 logger = logging.getLogger('relay')
 
@@ -374,26 +371,24 @@ class RelayServer:
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
 
-    def process_request(
-        self, websocket: ServerConnection | Connection, request: Request
-    ) -> Response | None:
+    def process_request(self, websocket: Any, request: Request) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
+        headers: dict[str, str] = {}
         if request.path == '/healthz':
-            serving = websocket.server.is_serving()
-            return websocket.respond(*(200, 'ok\n') if serving else (503, 'stopping\n'))
-        if 'Upgrade' not in request.headers:
-            status, text, header = 426, WELCOME, ('Upgrade', 'websocket')
+            status, text = (200, 'ok\n') if websocket.server.is_serving() else (503, 'stopping\n')
+        elif 'Upgrade' not in request.headers:
+            status, text, headers = 426, WELCOME, {'Upgrade': 'websocket'}
         elif user_of(request, self.tokens) is not None:
             return None
         else:
             address = address_of(websocket.remote_address)
             self.log_refusal('unauthorized', 401, address, 'no valid token')
-            status, text, header = 401, UNWELCOME, ('WWW-Authenticate', 'Bearer realm="relay"')
-        response = websocket.respond(status, text)
-        response.headers[header[0]] = header[1]
+            status, text, headers = 401, UNWELCOME, {'WWW-Authenticate': 'Bearer realm="relay"'}
+        response: Response = websocket.respond(status, text)
+        response.headers.update(headers)
         return response
 
-    async def handler(self, websocket: ServerConnection) -> None:
+    async def handler(self, websocket: Any) -> None:
         """Serve a connection of `websockets.asyncio.server.serve` until it ends."""
         client, ending = _Guest('', None, websocket), None
         self.enter(client, websocket.request)
@@ -549,9 +544,9 @@ class RelayServer:
                 self.backplane.withdraw(client)
             logger.info('Unregistered %s: %s', client, reason)
 
-    async def connect(self, websocket: Any, message: PeerConnection, text: str = '') -> None:
-        """Forward a message, in the text it came in, or send it back with an error."""
-        self._connect(self._websocket_to_client[websocket], message, text or encode(message))
+    async def connect(self, websocket: Any, message: PeerConnection) -> None:
+        """Forward a message, or send it back with an error."""
+        self._connect(self._websocket_to_client[websocket], message, encode(message))
 
     def _connect(self, client: Client, message: PeerConnection, text: str) -> None:
         if client.uuid is None:
@@ -696,7 +691,6 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def state(self) -> State:
-        """Return where the connection is between its handshakes."""
         return self.protocol.state
 
     def respond(self, status: int, text: str) -> Response:
@@ -704,7 +698,6 @@ class Connection(asyncio.BufferedProtocol):
         return self.protocol.reject(status, text)
 
     def connection_made(self, transport: Any) -> None:
-        """Expect a request."""
         self.transport = transport
         transport.set_write_buffer_limits(MAX_BACKLOG)
         self.remote_address = transport.get_extra_info('peername')
@@ -716,10 +709,9 @@ class Connection(asyncio.BufferedProtocol):
         return self.server.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Deal with what has come."""
         self.input += self.server.buffer[:nbytes]
         # A TLS hello, which the protocol would take for the beginning of a line.
-        if not self.opened and self.state is CONNECTING and self.input.startswith(b'\x16'):
+        if not self.opened and self.input.startswith(b'\x16'):
             return self.transport.abort()
         self.heard = time.monotonic()
         # To the end: the least recently heard come first.
@@ -727,7 +719,6 @@ class Connection(asyncio.BufferedProtocol):
         self._deal()
 
     def eof_received(self) -> None:
-        """Close, as the client has."""
         self.protocol.receive_eof()
         # TLS may end while there is input that is held.
         self.input = b''
@@ -736,7 +727,6 @@ class Connection(asyncio.BufferedProtocol):
         self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Have nothing left."""
         self.deadline.cancel()
         self.input, self.events = b'', []
         self.protocol.receive_eof()
@@ -897,19 +887,24 @@ class Listener:
     """What serves a relay: sockets, their connections, and one keepalive for all of them."""
 
     def __init__(self, relay: RelayServer, answer: Any, limits: dict[str, Any]) -> None:
-        self.relay, self.answer, self.limits = relay, answer, limits
+        self.relay, self.answer, self.limits = relay, answer, {**LIMITS, **limits}
         self.connections = OrderedDict[Connection, None]()  # the least recently heard first
         self.unflushed: list[Connection] = []
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER))
         self.closed = asyncio.Event()
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> Listener:
-        """Listen on each address of a host."""
+        """Listen on each address of a host; raises StartError."""
         more: Any = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
         more['reuse_port'] = self.limits['reuse_port']
         loop = self.loop = asyncio.get_running_loop()
         make = partial(Connection, self)
-        self.server = await loop.create_server(make, host, port, ssl=tls, **more)
+        try:
+            self.server = await loop.create_server(make, host, port, ssl=tls, **more)
+        except (OSError, ValueError) as error:
+            # asyncio puts the address and a number before the reason.
+            reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
+            raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
         self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
         if self.limits['ping_interval']:
             self._sweep(self.limits['ping_interval'])
@@ -1340,7 +1335,6 @@ class _JournalFormatter(logging.Formatter):
     """Begins each line with its level, as the journal reads it; the journal knows the time."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the lines of a record."""
         lines = super().format(record).splitlines()
         return '\n'.join(f'<{LEVELS[record.levelname]}>{line}' for line in lines)
 
@@ -1364,12 +1358,12 @@ async def serve(
         options['reuse_port'] = True  # for several relays on one machine
         relay.backplane = Backplane(relay, *nats)
     stop = _signals(relay, tls, certfile, keyfile)
-    servers = [await _listen(relay, host, port, tls, **options)]
+    servers = [await Listener(relay, relay.process_request, options).listen(host, port, tls)]
     for sock in servers[0].sockets:
         logger.info('Serving relay server on %s', address_of(sock.getsockname()))
     if metrics_port is not None:
-        answer = {'process_request': lambda websocket, _: websocket.respond(200, metrics(relay))}
-        servers.append(await _listen(relay, '127.0.0.1', metrics_port, None, **answer))
+        own = Listener(relay, lambda websocket, _: websocket.respond(200, metrics(relay)), {})
+        servers.append(await own.listen('127.0.0.1', metrics_port, None))
         logger.info('Serving metrics on %s', address_of(servers[1].sockets[0].getsockname()))
     if relay.tokens is None:
         logger.warning('No --token-file: whoever can reach this relay can use it')
@@ -1403,18 +1397,6 @@ async def _stop(servers: list[Listener]) -> None:
     closed = [asyncio.ensure_future(server.closed.wait()) for server in servers]
     await asyncio.wait(closed, timeout=STOP_TIMEOUT)
     logger.info('Server closed')
-
-
-async def _listen(
-    relay: RelayServer, host: str, port: int, tls: ssl.SSLContext | None = None, **limits: Any
-) -> Listener:
-    answer = limits.pop('process_request', relay.process_request)
-    try:
-        return await Listener(relay, answer, {**LIMITS, **limits}).listen(host, port, tls)
-    except (OSError, ValueError) as error:
-        # asyncio puts the address and a number before the reason.
-        reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
-        raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
 
 
 def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:

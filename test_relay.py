@@ -77,7 +77,8 @@ async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limit
     """Serve a relay as the command line does; yields it, with its URL as `url`."""
     server = RelayServer(tokens, max_clients, rate)
     if way == 'serve':
-        listening = until_closed(await relay._listen(server, '127.0.0.1', 0, tls, **limits))
+        listener = relay.Listener(server, server.process_request, limits)
+        listening = until_closed(await listener.listen('127.0.0.1', 0, tls))
     else:
         process, where = server.process_request, ('127.0.0.1', 0)
         limits = {'max_size': relay.MAX_MESSAGE, 'compression': None, **limits}
