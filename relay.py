@@ -43,7 +43,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import calendar
 import contextlib
 import datetime
 import errno
@@ -52,7 +51,6 @@ import itertools
 import json
 import logging.handlers
 import os
-import platform
 import re
 import resource
 import signal
@@ -1269,7 +1267,7 @@ def metrics(relay: RelayServer) -> str:
     versions = f'version="{__version__}",websockets="{websockets_version}"'
     clients = [client.response_type for client in relay._uuid_to_client.values()]
     values: dict[str, float] = {
-        f'relay_build_info{{{versions},python="{platform.python_version()}"}}': 1,
+        f'relay_build_info{{{versions},python="{sys.version.split()[0]}"}}': 1,
         'relay_uptime_seconds': time.time() - relay.started,
         'relay_connected_clients': len(relay._websocket_to_client),
         'relay_registered_clients{generation="server"}': clients.count('server_response'),
@@ -1304,8 +1302,8 @@ def expiry_of(certfile: str) -> float:
     # The standard library tells this only of certificates that it trusts. Two dates stand in one,
     # its beginning and its end, with two or four digits of the year.
     dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
-    end = b'20' + dates[1]
-    return calendar.timegm(time.strptime(end[-14:].decode(), '%Y%m%d%H%M%S'))
+    end = (b'20' + dates[1])[-14:].decode()
+    return datetime.datetime.strptime(f'{end}+0000', '%Y%m%d%H%M%S%z').timestamp()
 
 
 def notify(*states: str) -> None:
@@ -1377,16 +1375,14 @@ async def serve(
     await _stop(servers)
 
 
-def _signals(
-    relay: RelayServer, tls: ssl.SSLContext | None, certfile: str | None, keyfile: str | None
-) -> asyncio.Event:
+def _signals(relay: RelayServer, *files: Any) -> asyncio.Event:
     """Have signals stop the relay, which sets the event that is returned, and reload it."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(relay.on_loop_error)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
+    loop.add_signal_handler(signal.SIGHUP, relay.reload, *files)
     return stop
 
 
