@@ -299,9 +299,12 @@ DISPLACED = 'Relay received a registration with the same ID. '
 DISPLACED += 'This might mean that the endpoint is running in multiple locations.'
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Client:
-    """A connection and, once it has registered, its name and UUID."""
+    """A connection and, once it has registered, its name and UUID.
+
+    This one is served by `websockets.asyncio.server.serve`; `serve` below has Connection.
+    """
 
     name: str
     uuid: UUID | None
@@ -312,6 +315,7 @@ class Client:
     due: float = 0.0  # when it may send its next message, where there is a rate
     deadline: asyncio.TimerHandle | None = None  # until which it must have registered
     gone: asyncio.Future[None] | None = None  # what somebody waits for who wants its UUID
+    closing: Any = None  # true, or the task that sees to it: what the client sends does nothing
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -319,24 +323,12 @@ class Client:
 
     def write(self, data: bytes) -> None:
         """Write a text, or nothing if the connection is closed, without waiting."""
-        self.websocket.write(data)
-
-    def close(self, code: int, reason: str) -> None:
-        """Close the connection, without waiting."""
-        self.websocket.close(code, reason)
-
-
-class _Guest(Client):
-    """A client whose connection is served by `websockets.asyncio.server.serve`."""
-
-    closing: asyncio.Task[None] | None = None
-
-    def write(self, data: bytes) -> None:
         from websockets.asyncio.server import broadcast
 
         broadcast((self.websocket,), data.decode())
 
     def close(self, code: int, reason: str) -> None:
+        """Close the connection, without waiting."""
         self.closing = asyncio.ensure_future(self.websocket.close(code, reason))
 
 
@@ -388,12 +380,12 @@ class RelayServer:
 
     async def handler(self, websocket: Any) -> None:
         """Serve a connection of `websockets.asyncio.server.serve` until it ends."""
-        client, ending = _Guest('', None, websocket), None
+        client, ending = Client('', None, websocket), None
         self.enter(client, websocket.request)
         try:
             while True:
                 text = await websocket.recv()
-                if client.closing is None:
+                if not client.closing:
                     waiting = self.receive(client, text)
                     await (asyncio.wait({waiting}) if waiting else asyncio.sleep(0))
                     await asyncio.sleep(self.pace(client))
@@ -667,8 +659,8 @@ def _backlog(websocket: Any) -> int | None:
 # ------------------------------------------------------------------------------- Connection
 
 
-class Connection(asyncio.BufferedProtocol):
-    """A connection: websockets' sans-I/O protocol between a transport and the relay.
+class Connection(Client, asyncio.BufferedProtocol):
+    """A client served by `serve`: websockets' sans-I/O protocol between transport and relay.
 
     What comes is dealt with as it comes. While the client has to wait, for its rate, for a UUID or
     for the answers it has not read, what has come is held and nothing more is read.
@@ -677,14 +669,14 @@ class Connection(asyncio.BufferedProtocol):
     transport: asyncio.Transport
 
     def __init__(self, server: Listener) -> None:
+        super().__init__('', None, self)
         self.server, self.relay = server, server.relay
         origins, max_size = server.limits['origins'], server.limits['max_size']
         self.protocol = ServerProtocol(origins=origins, max_size=max_size)
-        self.client = Client('', None, self)
         # What has come and is held, its frames the last first; the fragments of a message.
         self.input, self.events, self.parts = b'', list[Any](), list[Frame]()
         self.held = self.pongs = self.pending = 0
-        self.opened = self.closing = self.ending = False
+        self.opened = self.ending = False
         self.heard = self.pinged = time.monotonic()
 
     @property
@@ -700,7 +692,7 @@ class Connection(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(MAX_BACKLOG)
         self.remote_address = transport.get_extra_info('peername')
         self.server.connections[self] = None
-        self.deadline = self._later('open_timeout')
+        self.timer = self._later('open_timeout')
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where to put what comes: one place for all, since it is dealt with at once."""
@@ -725,16 +717,15 @@ class Connection(asyncio.BufferedProtocol):
         self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.deadline.cancel()
+        self.timer.cancel()
         self.input, self.events = b'', []
         self.protocol.receive_eof()
         self.server.forget(self)
-        self.relay.leave(self.client, self.protocol.close_exc)
+        self.relay.leave(self, self.protocol.close_exc)
         if not self.opened:
             logger.debug('No handshake from %s', address_of(self.remote_address))
 
     def write(self, data: bytes) -> None:
-        """Write a message, or nothing if the connection is closed, without waiting."""
         if self.protocol.state is OPEN:
             self.protocol.send_text(data)
             if not self.pending:
@@ -742,7 +733,6 @@ class Connection(asyncio.BufferedProtocol):
             self.pending += len(data)
 
     def close(self, code: int, reason: str) -> None:
-        """Close: whatever the client sends from now on does nothing."""
         self.closing = True
         if self.state is OPEN:
             self.protocol.send_close(code, reason)
@@ -814,8 +804,8 @@ class Connection(asyncio.BufferedProtocol):
     def _end(self) -> None:
         if not self.ending:
             self.ending = True
-            self.deadline.cancel()
-            self.deadline = self._later('close_timeout')
+            self.timer.cancel()
+            self.timer = self._later('close_timeout')
 
     def _take(self, event: Any) -> None:
         """Deal with a request or a frame."""
@@ -831,7 +821,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         if event.opcode is not PING and event.opcode is not PONG:
             self._put_together(event)
-        wait = self.relay.pace(self.client)
+        wait = self.relay.pace(self)
         if wait:
             self._hold()
             asyncio.get_running_loop().call_later(wait, self._release)
@@ -845,8 +835,8 @@ class Connection(asyncio.BufferedProtocol):
         self.flush()
         if self.state is OPEN:
             self.opened = True
-            self.deadline.cancel()
-            self.relay.enter(self.client, request)
+            self.timer.cancel()
+            self.relay.enter(self, request)
             request.headers.clear()  # the protocol keeps the request
         elif response.status_code == 403:
             who = address_of(self.remote_address)
@@ -865,14 +855,14 @@ class Connection(asyncio.BufferedProtocol):
         data = bytes(frame.data) if len(parts) == 1 else b''.join([part.data for part in parts])
         try:
             text = data.decode() if parts[0].opcode is TEXT else data
-            waiting = self.relay.receive(self.client, text)
+            waiting = self.relay.receive(self, text)
             if waiting is not None:
                 self._hold()
                 waiting.add_done_callback(self._release)
         except UnicodeDecodeError as error:
             self._fail(1007, f'{error.reason} at position {error.start}')
         except Exception:
-            logger.exception('A defect of the relay, met by %s', self.client)
+            logger.exception('A defect of the relay, met by %s', self)
             self._fail(1011, '')
 
     def _fail(self, code: int, reason: str) -> None:
