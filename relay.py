@@ -312,6 +312,7 @@ class Client:
     user: str = ''
     address: str = 'unknown address'
     response_type: str = 'server_response'
+    pending: int = 0  # bytes that its connection is about to write
     due: float = 0.0  # when it may send its next message, where there is a rate
     deadline: asyncio.TimerHandle | None = None  # until which it must have registered
     gone: asyncio.Future[None] | None = None  # what somebody waits for who wants its UUID
@@ -565,8 +566,11 @@ class RelayServer:
         """Write a text to a peer that is here, or return which of UNFORWARDED it is."""
         peer = self._uuid_to_client.get((user, uuid))
         # A connection that is being closed, or lost, would lose the message without a word.
-        backlog = peer and _backlog(peer.websocket)
-        if peer is None or backlog is None:
+        if peer is None or peer.websocket.state is not OPEN:
+            return 'unknown_peer'
+        try:
+            backlog = peer.pending + peer.websocket.transport.get_write_buffer_size()
+        except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
             return 'unknown_peer'
         if backlog and backlog + len(data) > MAX_BACKLOG:
             return 'backlog'
@@ -645,17 +649,6 @@ def _bound_buffers(sock: Any) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT)
 
 
-def _backlog(websocket: Any) -> int | None:
-    """Return how many bytes wait for a peer to read, or None if it is closed."""
-    if websocket.state is not OPEN:
-        return None
-    try:
-        unread: int = websocket.transport.get_write_buffer_size()
-    except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
-        return None
-    return unread + getattr(websocket, 'pending', 0)
-
-
 # ------------------------------------------------------------------------------- Connection
 
 
@@ -675,7 +668,7 @@ class Connection(Client, asyncio.BufferedProtocol):
         self.protocol = ServerProtocol(origins=origins, max_size=max_size)
         # What has come and is held, its frames the last first; the fragments of a message.
         self.input, self.events, self.parts = b'', list[Any](), list[Frame]()
-        self.held = self.pongs = self.pending = 0
+        self.held = self.pongs = 0
         self.opened = self.ending = False
         self.heard = self.pinged = time.monotonic()
 
@@ -763,7 +756,7 @@ class Connection(Client, asyncio.BufferedProtocol):
     def _release(self, _: Any = None) -> None:
         self.held = max(0, self.held - 1)
         if not self.held:
-            with contextlib.suppress(AttributeError):  # as in _backlog
+            with contextlib.suppress(AttributeError):  # as in deliver
                 self.transport.resume_reading()
             self._deal()
 
@@ -1498,8 +1491,6 @@ async def _deliver(message: Message, source: Any, peer: Any, expected: Message) 
 
 # As the journal numbers them.
 LEVELS = {'CRITICAL': 2, 'ERROR': 3, 'WARNING': 4, 'INFO': 6, 'DEBUG': 7}
-LOG_FORMAT = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-LOG_DATE = '%Y-%m-%d %H:%M:%S'
 
 
 def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
@@ -1570,7 +1561,8 @@ def _log_to(log_dir: str | None, level: str) -> None:
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
     except OSError as error:
         raise StartError(f'cannot log to {path}: {error.strerror}') from error
-    logging.basicConfig(format=LOG_FORMAT, datefmt=LOG_DATE, level=level, handlers=handlers)
+    form = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    logging.basicConfig(format=form, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk is not to have each line explained on stderr
     # websockets logs session descriptions at DEBUG and, up to version 15, an ERROR for each port
     # scan; asyncio has a WARNING for each pong to a lost connection. Defects are for the handler.
