@@ -1080,15 +1080,11 @@ class Backplane:
     def _start(self, work: Any) -> asyncio.Future[Any]:
         task: asyncio.Future[Any] = asyncio.ensure_future(work)
         self.tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self.tasks.discard)
+        # Else asyncio logs its exception. That NATS is lost is told in one line, and the next
+        # connection begins anew.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
-
-    def _done(self, task: asyncio.Future[Any]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled():
-            # Else asyncio logs it. That NATS is lost is told in one line, and the next connection
-            # begins anew.
-            task.exception()
 
     async def close(self) -> None:
         """Have what is on its way delivered, here and elsewhere, and leave."""
