@@ -299,7 +299,7 @@ DISPLACED = 'Relay received a registration with the same ID. '
 DISPLACED += 'This might mean that the endpoint is running in multiple locations.'
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)  # asyncio may log one, and not what its client chose
 class Client:
     """A connection and, once it has registered, its name and UUID.
 
