@@ -382,6 +382,7 @@ class RelayServer:
     async def handler(self, websocket: Any) -> None:
         """Serve a connection of `websockets.asyncio.server.serve` until it ends."""
         client, ending = Client('', None, websocket), None
+        _bound_buffers(websocket.transport.get_extra_info('socket'))
         self.enter(client, websocket.request)
         try:
             while True:
@@ -405,7 +406,6 @@ class RelayServer:
             kind = 'unauthorized' if user is None else 'full'
             self.log_refusal(kind, code, client.address, reason)
             return client.close(code, reason)
-        _bound_buffers(client.websocket.transport.get_extra_info('socket'))
         client.user = user
         self._websocket_to_client[client.websocket] = client
         late = f'no registration within {REGISTER_TIMEOUT} s'
@@ -746,8 +746,7 @@ class Connection(Client, asyncio.BufferedProtocol):
         self.flush()
 
     def _later(self, limit: str) -> asyncio.TimerHandle:
-        loop = asyncio.get_running_loop()
-        return loop.call_later(self.server.limits[limit], self.transport.abort)
+        return self.server.loop.call_later(self.server.limits[limit], self.transport.abort)
 
     def _hold(self) -> None:
         self.held += 1
@@ -769,9 +768,11 @@ class Connection(Client, asyncio.BufferedProtocol):
                 self._take(self.events.pop())
                 continue
             # In pieces: many pings would cost much at once, many messages much memory. A request
-            # in lines: what comes with it is a frame only once it is accepted.
-            size = 0 if self.ending or self.opened else self.input.find(b'\n') + 1
-            size = size or MAX_PONGS
+            # to its end: what comes with it is a frame only once it is accepted.
+            size = MAX_PONGS
+            if not (self.opened or self.ending):
+                end = self.input.find(b'\r\n\r\n')
+                size = end + 4 if end >= 0 else self.input.find(b'\n') + 1 or MAX_PONGS
             piece, self.input = self.input[:size], self.input[size:]
             self.protocol.receive_data(piece)
             self.events = self.protocol.events_received()[::-1]
@@ -887,6 +888,8 @@ class Listener:
             reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
             raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
         self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
+        for sock in self.sockets:  # connections inherit it
+            _bound_buffers(sock)
         if self.limits['ping_interval']:
             self._sweep(self.limits['ping_interval'])
         return self
@@ -1301,9 +1304,8 @@ def beat(relay: RelayServer) -> None:
     """Tell systemd, twice in each period of its watchdog, that and how the relay lives."""
     clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
     uptime = datetime.timedelta(seconds=int(time.time() - relay.started))
-    notify(
-        'WATCHDOG=1', f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
-    )
+    status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
+    notify('WATCHDOG=1', status)
     period = int(os.environ.get('WATCHDOG_USEC') or 60_000_000) / 1_000_000
     asyncio.get_running_loop().call_later(period / 2, beat, relay)
 
