@@ -3990,7 +3990,8 @@ async def test_each_message_to_a_relay_that_ends_arrives_or_comes_back(bus):
 
 @over_nats
 @run_async
-async def test_of_three_nats_servers_one_may_be_killed():
+async def test_of_three_nats_servers_one_may_be_killed(monkeypatch):
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
     with contextlib.ExitStack() as stack:
         servers = []
         for _ in range(3):
