@@ -768,11 +768,11 @@ class Connection(Client, asyncio.BufferedProtocol):
                 self._take(self.events.pop())
                 continue
             # In pieces: many pings would cost much at once, many messages much memory. A request
-            # to its end: what comes with it is a frame only once it is accepted.
+            # to its end, which may have begun: what follows is a frame only once it is accepted.
             size = MAX_PONGS
             if not (self.opened or self.ending):
-                end = self.input.find(b'\r\n\r\n')
-                size = end + 4 if end >= 0 else self.input.find(b'\n') + 1 or MAX_PONGS
+                line, end = self.input.find(b'\n') + 1, self.input.find(b'\r\n\r\n')
+                size = end + 4 if line > 2 and end > 0 else line or MAX_PONGS
             piece, self.input = self.input[:size], self.input[size:]
             self.protocol.receive_data(piece)
             self.events = self.protocol.events_received()[::-1]

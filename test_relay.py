@@ -2676,6 +2676,27 @@ async def test_what_comes_with_a_request_is_dealt_with_after_it(early, caplog):
             await alone(server, peer)
 
 
+@pytest.mark.parametrize('cut', range(-5, 0))
+@run_async
+async def test_a_blank_line_in_a_frame_does_not_end_a_request_that_came_in_pieces(cut, caplog):
+    blank = frame_of(PING, bytes(a ^ b for a, b in zip(b'\r\n\r\n', KEY)))
+    plain = HANDSHAKE.replace(b'Upgrade: websocket\r\n', b'')
+    with logged(caplog):
+        async with running_relay() as server:
+            async with wired(server, opened=False) as wire:
+                data = HANDSHAKE + frame_of(PING) + frame_of(CLOSE, code_of(1000)) + blank
+                await piecemeal(server, wire, data, len(HANDSHAKE) + cut)
+                assert await wire.read(13) == b'HTTP/1.1 101 '
+                while not (await wire.reader.readline()).isspace():
+                    pass
+                assert await wire.end() == ([(PONG, b'')], 1000)
+            # What a client says who is refused is not a message.
+            async with wired(server, opened=False) as wire:
+                await piecemeal(server, wire, plain + said('x') + blank, len(plain) + cut)
+                assert (await wire.reader.read()).startswith(b'HTTP/1.1 426 ')
+            assert not any(server.refusals.values())
+
+
 @pytest.mark.parametrize('size', [2**13, 2**17, 2**23])
 @run_async
 async def test_a_request_too_long_is_refused_and_ended(size, caplog):
