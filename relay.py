@@ -1030,11 +1030,9 @@ class Backplane:
         return dict(zip(names, (int(self.connected), self.round_trip)))
 
     async def _run(self) -> None:
-        """Be connected, for as long as it takes.
-
-        Each connection is a new one: what the library has kept of the last one is late, or wrong.
-        """
+        """Be connected, for as long as it takes."""
         while True:
+            # A new one each time: what the library has kept of the last one is late, or wrong.
             nats = self.make_connection()
             try:
                 await nats.connect(error_cb=self._on_error, **self.options)
@@ -1158,6 +1156,8 @@ class Backplane:
                 self.claims[client] = count + 1, own_name, since
             if name != own_name:
                 await self._claim(client)
+        if not self.connected:
+            raise asyncio.CancelledError  # the library may have kept it to itself, and go on
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message, here or elsewhere, or return which of UNFORWARDED it is.

@@ -4271,6 +4271,31 @@ async def test_what_fails_as_nats_is_lost_is_not_logged_as_a_defect(bus, caplog)
     assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
 
 
+@over_nats
+@run_async
+async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplog, monkeypatch):
+    answering = asyncio.Event()
+
+    async def respond(message, data):
+        answering.set()
+        # As the library does where it waits for what it writes.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr('nats.aio.msg.Msg.respond', respond)
+    with running_nats() as process:
+        async with two_relays(process.url) as (one, other):
+            async with registered(one, A) as a, registered(other, B):
+                await a.say(a.offer(B))
+                await asyncio.wait_for(answering.wait(), 5)
+                process.kill()
+                await until(lambda: not other.backplane.connected)
+    gc.collect()
+    assert not [task for task in asyncio.all_tasks() if '_wait_for_msgs' in repr(task)]
+    assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
+
+
 # ------------------------------------------------------------------------------- Files
 
 
