@@ -1082,8 +1082,7 @@ class Backplane:
         task: asyncio.Future[Any] = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-        # Else asyncio logs its exception. That NATS is lost is told in one line, and the next
-        # connection begins anew.
+        # Else asyncio logs its exception: that NATS is lost is told in one line.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
@@ -1187,8 +1186,9 @@ class Backplane:
             await asyncio.wait({before})
         asking = asyncio.ensure_future(self._ask(asked, client.user, message.peer_uuid, data))
         left = asked + ASK_TIMEOUT - time.monotonic()
-        # It is not waited for any longer: the library may go on when it is cancelled.
-        if left > 0:
+        # It is not waited for any longer: the library may go on when it is cancelled. Nor is it
+        # begun if it would arrive, but most likely not be answered in time, and come back too.
+        if left > SPREAD_TIME:
             await asyncio.wait({asking}, timeout=left)
         kind = asking.result() if asking.done() else 'disconnected'
         asking.cancel()

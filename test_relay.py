@@ -3948,6 +3948,30 @@ async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, mon
 
 @over_nats
 @run_async
+async def test_what_comes_back_since_another_did_not_arrive_does_not_arrive_either(
+    bus, monkeypatch
+):
+    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.5)
+    monkeypatch.setattr(relay, 'SPREAD_TIME', 0.3)
+    with running_program('--host', '127.0.0.1', '--nats', bus) as program:
+        async with joined_relay(bus) as one, registered(one, A) as a:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                strike(program, 'frozen')
+                offers = [a.offer(B, description=str(n)) for n in range(10)]
+                for offer in offers:
+                    await a.say(offer)
+                    await asyncio.sleep(0.01)
+                for offer in offers:
+                    answer = await a.hear()
+                    assert answer == sent_back(offer, relay.UNFORWARDED['disconnected'])
+                program.send_signal(signal.SIGCONT)
+                # Of the first, which was on its way, this cannot be told.
+                assert await offers_of(a, b) <= 1
+
+
+@over_nats
+@run_async
 async def test_a_message_that_nats_does_not_take_comes_back():
     with running_nats('max_payload: 1000') as server:
         async with two_relays(server.url) as (one, other):
