@@ -878,18 +878,18 @@ class Listener:
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> Listener:
         """Listen on each address of a host; raises StartError."""
         more: Any = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
-        more['reuse_port'] = self.limits['reuse_port']
+        more.update(ssl=tls, reuse_port=self.limits['reuse_port'], start_serving=False)
         loop = self.loop = asyncio.get_running_loop()
-        make = partial(Connection, self)
         try:
-            self.server = await loop.create_server(make, host, port, ssl=tls, **more)
+            self.server = await loop.create_server(partial(Connection, self), host, port, **more)
+            for sock in self.server.sockets:  # connections inherit it, from the first on
+                _bound_buffers(sock)
+            await self.server.start_serving()
         except (OSError, ValueError) as error:
             # asyncio puts the address and a number before the reason.
             reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
             raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
         self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
-        for sock in self.sockets:  # connections inherit it
-            _bound_buffers(sock)
         if self.limits['ping_interval']:
             self._sweep(self.limits['ping_interval'])
         return self

@@ -775,6 +775,18 @@ async def test_a_connection_that_takes_nothing_is_ended_by_the_kernel():
 
 
 @run_async
+async def test_the_kernel_knows_the_bounds_of_a_connection_before_the_first_can_come(monkeypatch):
+    def bounded(sock):
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        bounds.append(sock.getsockname())
+
+    bounds = []
+    monkeypatch.setattr(relay, '_bound_buffers', bounded)
+    async with running_relay() as server:
+        assert bounds == [sock.getsockname() for sock in server.listener.sockets] != []
+
+
+@run_async
 async def test_compression_is_offered_in_vain():
     async with running_relay() as server, registered(server, A, compression='deflate') as peer:
         assert 'Sec-WebSocket-Extensions' not in peer.websocket.response.headers
