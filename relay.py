@@ -782,8 +782,6 @@ class Connection(Client, asyncio.BufferedProtocol):
         """Write what the protocol has to say."""
         self.pending = 0
         writes = self.protocol.data_to_send()
-        if not writes:
-            return
         if any(writes):
             self.transport.write(b''.join(writes))
         if b'' in writes:  # for the end
@@ -802,7 +800,6 @@ class Connection(Client, asyncio.BufferedProtocol):
             self.timer = self._later('close_timeout')
 
     def _take(self, event: Any) -> None:
-        """Deal with a request or a frame."""
         if isinstance(event, Request):
             return self._open(event)
         if event.opcode is PING:
@@ -901,17 +898,20 @@ class Listener:
         self.unflushed.append(connection)
 
     def _flush(self) -> None:
-        unflushed, self.unflushed = self.unflushed, []
-        for connection in unflushed:
-            connection.flush()
+        try:
+            while self.unflushed:
+                self.unflushed.pop().flush()
+        finally:
+            if self.unflushed:  # a defect that one met is not to hold up the others
+                self.loop.call_soon(self._flush)
 
     def _sweep(self, interval: float) -> None:
+        if not self.closed.is_set():
+            self.loop.call_later(min(1, interval / 4), self._sweep, interval)
         now = time.monotonic()
         quiet = itertools.takewhile(lambda c: c.heard <= now - interval, self.connections)
         for connection in list(quiet):
             connection.keep_alive(now)
-        if not self.closed.is_set():
-            asyncio.get_running_loop().call_later(min(1, interval / 4), self._sweep, interval)
 
     def forget(self, connection: Connection | None) -> None:
         """Have one connection less."""

@@ -3170,6 +3170,38 @@ async def test_tls_is_not_negotiated_again(tls, pem):
         await exchange(peer, peer)
 
 
+@pytest.mark.parametrize('order', [[A, B], [B, A]], ids=['first', 'last'])
+@run_async
+async def test_a_defect_met_in_writing_to_one_peer_keeps_nothing_from_another(order, caplog):
+    def fail():
+        raise RuntimeError('a defect')
+
+    async with running_relay() as server, registered(server, C) as sender:
+        async with registered(server, A) as one, registered(server, B) as other:
+            holder(server, A).flush = fail
+            # In one piece, so that both are written to in one go.
+            offers = [sender.offer(uuid) for uuid in order]
+            sender.websocket.transport.write(b''.join(said(json.dumps(o)) for o in offers))
+            assert await other.hear() == sender.offer(B)
+            del holder(server, A).flush
+            await exchange(other, sender)
+            assert await one.ask(one.offer(A)) == sender.offer(A)
+    assert [r.exc_info[1].args for r in caplog.records if r.exc_info] == [('a defect',)]
+
+
+@run_async
+async def test_a_defect_met_in_the_sweep_does_not_end_it(caplog):
+    def fail(now):
+        del holder(server, A).keep_alive
+        raise RuntimeError('a defect')
+
+    async with running_relay(ping_interval=0.02) as server, registered(server, A):
+        holder(server, A).keep_alive = fail
+        pinged = holder(server, A).pinged
+        await until(lambda: holder(server, A).pinged > pinged)
+    assert [r.exc_info[1].args for r in caplog.records if r.exc_info] == [('a defect',)]
+
+
 # ------------------------------------------------------------------------------- Attacks
 
 PROBES = {
