@@ -815,7 +815,7 @@ class Connection(Client, asyncio.BufferedProtocol):
         wait = self.relay.pace(self)
         if wait:
             self._hold()
-            asyncio.get_running_loop().call_later(wait, self._release)
+            self.server.loop.call_later(wait, self._release)
 
     def _open(self, request: Request) -> None:
         response = self.server.answer(self, request)
@@ -879,14 +879,14 @@ class Listener:
         loop = self.loop = asyncio.get_running_loop()
         try:
             self.server = await loop.create_server(partial(Connection, self), host, port, **more)
-            for sock in self.server.sockets:  # connections inherit it, from the first on
+            self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
+            for sock in self.sockets:  # connections inherit it, from the first on
                 _bound_buffers(sock)
             await self.server.start_serving()
         except (OSError, ValueError) as error:
             # asyncio puts the address and a number before the reason.
             reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
             raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
-        self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
         if self.limits['ping_interval']:
             self._sweep(self.limits['ping_interval'])
         return self
@@ -1156,7 +1156,7 @@ class Backplane:
             if name != own_name:
                 await self._claim(client)
         if not self.connected:
-            raise asyncio.CancelledError  # the library may have kept it to itself, and go on
+            raise asyncio.CancelledError  # the library may have ignored its own, and would go on
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message, here or elsewhere, or return which of UNFORWARDED it is.
