@@ -1052,8 +1052,7 @@ class Backplane:
             await asyncio.sleep(PULSE)
 
     async def _stay_connected(self) -> None:
-        # The library takes what comes next for an answer to its first ping, news of the cluster
-        # as well, and would then never be connected.
+        # The library takes news of the cluster for the answer to its first ping, which is lost.
         if not self.connected:
             raise ConnectionError('interrupted by news of the cluster')
         self.faults.clear()
@@ -1266,8 +1265,8 @@ def metrics(relay: RelayServer) -> str:
         values['relay_certificate_expiry_timestamp_seconds'] = relay.expiry
     with contextlib.suppress(OSError), open('/proc/self/statm') as file:
         values['process_open_fds'] = len(os.listdir('/proc/self/fd'))
-        resident = int(file.read().split()[1]) * resource.getpagesize()
-        values['process_resident_memory_bytes'] = resident
+        pages = int(file.read().split()[1])
+        values['process_resident_memory_bytes'] = pages * resource.getpagesize()
     text = ''
     for name, value in values.items():
         family = name.partition('{')[0]
@@ -1576,6 +1575,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.check is not None:
             # One line is what it prints, whatever asyncio has to say.
             logging.disable()
+            sys.unraisablehook = lambda _: None  # Python 3.9 may be interrupted as it connects
             print(asyncio.run(check(*options.check)))
             return 0
         _log_to(options.log_dir, options.log_level)

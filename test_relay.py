@@ -962,6 +962,7 @@ def forked(program, *options):
         os.dup2(files[0].fileno(), 1)
         os.dup2(files[1].fileno(), 2)
         logging.getLogger().handlers.clear()
+        sys.unraisablehook = sys.__unraisablehook__
         try:
             status = program([str(option) for option in options])
         except SystemExit as error:
@@ -2235,6 +2236,19 @@ def test_a_check_is_one_line_and_a_status():
         command = [sys.executable, HERE / 'relay.py', '--check', process.url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
+
+
+def test_a_check_that_is_interrupted_in_the_middle_of_anything_is_one_line(monkeypatch):
+    class Unfinished:
+        def __del__(self):
+            raise AttributeError('_closing')
+
+    async def interrupted(url):
+        Unfinished()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(relay, 'check', interrupted)
+    assert fails('--check', 'ws://127.0.0.1:1') == 'relay.py: interrupted\n'
 
 
 def test_a_check_that_is_interrupted_is_one_line():
