@@ -962,7 +962,6 @@ def forked(program, *options):
         os.dup2(files[0].fileno(), 1)
         os.dup2(files[1].fileno(), 2)
         logging.getLogger().handlers.clear()
-        sys.unraisablehook = sys.__unraisablehook__
         try:
             status = program([str(option) for option in options])
         except SystemExit as error:
@@ -2248,6 +2247,8 @@ def test_a_check_that_is_interrupted_in_the_middle_of_anything_is_one_line(monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(relay, 'check', interrupted)
+    # As it is in a program; pytest has one of its own.
+    monkeypatch.setattr(sys, 'unraisablehook', sys.__unraisablehook__)
     assert fails('--check', 'ws://127.0.0.1:1') == 'relay.py: interrupted\n'
 
 
