@@ -862,7 +862,7 @@ async def test_the_log_tells_who_came_and_left_and_why(caplog):
         who = f"{A} ('laptop', at {address})"
         assert lines() == [
             f'Registered {who}',
-            f'Refused {who}: not JSON: Expecting value: line 1 column 1 (char 0) (1 refusals so far)',
+            f'Refused {who}: {NOT_JSON} (1 refusals so far)',
             f'Unregistered {who}: closed by the client with 4999',
         ]
 
@@ -3317,6 +3317,7 @@ async def test_a_flood_of_pings_whose_answers_are_not_read_is_read_no_more():
         await exchange(one, one)
         assert connection.unsent_bytes < relay.MAX_BACKLOG + 2**17
         assert len(connection.input) <= 2 * relay.RECEIVE_BUFFER
+        flood.websocket.transport.abort()
 
 
 @run_async
