@@ -105,6 +105,7 @@ MAX_BUFFERED = 2**28  # input and output waiting, all connections together
 LONG_MESSAGE = 2**15  # longer messages are decoded one at a time, to keep the event loop free
 RATE_UNIT = 2**14  # a message counts once against the rate for each started unit
 RECEIVE_BUFFER = 2**16  # read at once, and by the kernel ahead; a flood waits in its sender
+SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
 TLS_RECORD = 2**14  # the most that TLS encrypts at once
 STRICT_DECODE = 2**12  # shorter texts are decoded with a check of every number
 MESSAGE_OVERHEAD = 2**11  # memory of a message on its way over NATS, in addition to its text
@@ -128,6 +129,7 @@ RATE = 500  # messages a second of one client; peers that connect exchange a doz
 BURST = 0.1  # burst allowance, in seconds at the full rate
 FIGHT = 3  # takeovers of one UUID within FIGHT_INTERVAL before a warning
 RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
+MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
 HANDSHAKE_FDS = 32  # and for connections that are not clients yet, or are being refused
 MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able to read it
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
@@ -581,7 +583,7 @@ class RelayServer:
         # When each source of refusals was last logged, and how many there were.
         self.refusal_log: dict[object, tuple[float, int]] = {}
         # Takeovers by user and UUID since the last reset, which happens every FIGHT_INTERVAL.
-        self._takeovers = Counter[tuple[str, UUID | None]]()
+        self._takeovers: Counter[tuple[str, UUID | None]] = Counter()
         self._takeovers_since = 0.0
 
     # Connections: opening, reading, closing.
@@ -917,6 +919,7 @@ def limit_socket(sock: Any) -> None:
     Set on a listening socket, it holds for each accepted connection.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, 'TCP_USER_TIMEOUT'):  # not on macOS
@@ -1052,7 +1055,7 @@ class Connection:
         self.rate_timer: asyncio.TimerHandle | None = None
         self.last_heard = self.last_pinged = time.monotonic()
         self.deadline = self.loop.call_later(limits.open_timeout, self.abort)
-        server.connections[self] = None
+        server.connections[self] = server.handshakes[self] = None
         self.loop.add_reader(sock, self._on_readable)
 
     # What the relay uses.
@@ -1208,6 +1211,7 @@ class Connection:
         self._answer(response)
         if self.is_open:
             self.opened = True
+            self.server.handshakes.pop(self)
             self.deadline.cancel()
             self.relay.on_open(self.client, request)
             request.headers.clear()  # the protocol keeps a reference to the request
@@ -1268,6 +1272,7 @@ class Connection:
                 self._process_input()
 
     def _wait_for_turn(self) -> None:
+        self.server.incomplete.pop(self, None)
         self._pause(TURN)
         self.server.request_turn(self)
 
@@ -1429,6 +1434,7 @@ class Listener:
         self.closed = asyncio.Event()
         # The connections that were not heard for the longest are first.
         self.connections = OrderedDict[Connection, None]()
+        self.handshakes: dict[Connection, None] = {}
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER))  # each read is copied out of it
         self.unflushed: list[Connection] = []
         self.not_reading: dict[Connection, None] = {}  # paused, with a full input
@@ -1489,21 +1495,27 @@ class Listener:
             self.loop.remove_reader(sock)
 
     def _accept(self, listening: socket.socket) -> None:
-        reason = f'{len(self.connections)} connections are open'
-        for _ in range(min(ACCEPT_BATCH, self.max_connections - len(self.connections))):
+        for _ in range(ACCEPT_BATCH):
+            full = len(self.connections) >= self.max_connections
+            if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
+                # A handshake takes less than a second: the oldest is most likely none at all.
+                next(iter(self.handshakes)).abort()
+            elif full:
+                self._stop_accepting_for_now('too many connections')
+                return
             try:
                 sock, address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                reason = f'{error.strerror}, {reason}'
-                break
+                self._stop_accepting_for_now(str(error.strerror))
+                return
             sock.setblocking(False)
             Connection(self, sock, address)
-        else:
-            if len(self.connections) < self.max_connections:
-                return
+
+    def _stop_accepting_for_now(self, reason: str) -> None:
         self.stop_accepting()  # until the next sweep
+        reason = f'{reason} ({len(self.connections)} are open)'
         self.relay.log_refusal('full', 'accept', 'new connections for now', reason)
 
     # What the connections share.
@@ -1569,7 +1581,8 @@ class Listener:
         for connection, since in list(self.incomplete.items()):
             if since > now - MESSAGE_TIMEOUT:
                 break
-            connection.fail(1008, INCOMPLETE)
+            if not connection.paused_for:
+                connection.fail(1008, INCOMPLETE)
         for connection in list(self.not_reading):
             if connection.is_reset():
                 connection.abort()
@@ -1580,7 +1593,7 @@ class Listener:
 
     def forget(self, connection: Connection) -> None:
         """Remove a closed connection."""
-        for collection in (self.connections, self.not_reading, self.incomplete):
+        for collection in (self.connections, self.handshakes, self.not_reading, self.incomplete):
             collection.pop(connection, None)
         self._set_closed()
 
