@@ -103,6 +103,8 @@ MAX_UNREGISTERED = 2**16  # input of a client that has not registered; ample for
 MAX_BACKLOG = 2**20  # output waiting for one client; if none is waiting, any message is accepted
 MAX_BUFFERED = 2**28  # input and output waiting, all connections together
 LONG_MESSAGE = 2**15  # longer messages are decoded one at a time, to keep the event loop free
+SLICE = 2**15  # input of one client that is processed in one turn of the event loop
+SLICE_MINIMUM = 2**11  # of a slice, used by each frame however short
 RATE_UNIT = 2**14  # a message counts once against the rate for each started unit
 RECEIVE_BUFFER = 2**16  # read at once, and by the kernel ahead; a flood waits in its sender
 SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
@@ -118,7 +120,6 @@ STOP_TIMEOUT = 12  # for the relay to stop, whatever its clients do
 STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; it is answered with 503
 STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
 SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
-TIME_SLICE = 0.002  # of the event loop for one connection, before others get their turn
 ACCEPT_RETRY = 1  # until accepting is tried again after running out of file descriptors
 CHECK_TIMEOUT = 10  # for a --check
 REFUSAL_INTERVAL = 60  # between log lines about one source of refusals; all are counted
@@ -135,7 +136,7 @@ MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able 
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
 MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
-ACCEPT_BATCH = 64  # connections accepted in one turn of the event loop
+ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 
 
 # NATS.
@@ -955,7 +956,8 @@ def limit_socket(sock: Any) -> None:
 RATE_LIMIT = 'rate limit'  # until the client's next message is within the rate (a timer)
 TAKEOVER = 'takeover'  # until the previous holder of its UUID has closed (a future)
 UNREAD = 'unread output'  # until the client has read most of its output (_on_writable)
-TURN = 'turn'  # until it is its turn, after a time slice or for a long message (Listener)
+TURN = 'turn'  # until its long message may be decoded (Listener.request_turn)
+SLICE_USED = 'slice used'  # until the next turn of the event loop
 NOT_PAUSED: frozenset[str] = frozenset()
 
 PING_TIMEOUT = 'keepalive ping timeout'
@@ -1135,18 +1137,21 @@ class Connection:
 
     def _process_input(self) -> None:
         """Process whole requests and frames until the rest is not whole, or reading pauses."""
-        began = time.perf_counter()
+        budget = SLICE
         while self.input and not self.paused_for:
             size = self._next_size()
             if size == 0 or size > len(self.input):
                 break
             if size + len(self.fragments) > LONG_MESSAGE and not self.has_turn:
-                self._wait_for_turn()
-                break
-            self._process(size)
-            self.has_turn = False
-            if self.input and time.perf_counter() - began > TIME_SLICE:
-                self._wait_for_turn()
+                self._pause(TURN)
+                self.server.request_turn(self)
+            elif budget <= 0:
+                self._pause(SLICE_USED)
+                self.loop.call_soon(self._resume, SLICE_USED)
+            else:
+                self._process(size)
+                self.has_turn = False
+                budget -= max(size, SLICE_MINIMUM)
         self._count_bytes()
         self._control_reading()
         if self.paused_for:
@@ -1271,13 +1276,8 @@ class Connection:
             if not self.paused_for:
                 self._process_input()
 
-    def _wait_for_turn(self) -> None:
-        self.server.incomplete.pop(self, None)
-        self._pause(TURN)
-        self.server.request_turn(self)
-
     def take_turn(self) -> None:
-        """Process the long message, or the next time slice, that waited for its turn."""
+        """Process the long message that waited for its turn."""
         self.has_turn = True
         self._resume(TURN)
         self.has_turn = False
@@ -1439,7 +1439,7 @@ class Listener:
         self.unflushed: list[Connection] = []
         self.not_reading: dict[Connection, None] = {}  # paused, with a full input
         self.incomplete: dict[Connection, float] = {}  # since when part of a message is there
-        # Connections with long messages or much to do: one has its turn at a time.
+        # Connections with a long message, which take turns, one at a time.
         self.turns = deque[Connection]()
         self.turn_timer: asyncio.Handle | None = None
         # What is buffered, in all and by whom.
