@@ -313,7 +313,7 @@ def _load(text: str | bytes) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError('a message must be a text frame, not a binary frame')
     decoder = _strict_decoder
-    if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text[:: MAX_DIGITS // 10]):
+    if len(text) > STRICT_DECODE and not _has_long_number(text):
         decoder = _decoder
     data = decoder.decode(text)
     if not isinstance(data, dict):
@@ -360,13 +360,20 @@ def _number(text: str) -> float:
 
 
 # Calling `_number` for each number of a long text of zeros takes four times as long as the rest. A
-# long text is therefore searched for a long number first: a run of more than 100 digits shows as
-# ten digits in a row in every tenth character.
+# long text is therefore searched for a long number first.
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number)
 _strict_decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_number
 )
-_LONG_NUMBER = re.compile('[0-9]{10}')
+_TEN_DIGITS = re.compile('[0-9]{10}')
+_LONG_NUMBER = re.compile(f'(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}')
+
+
+def _has_long_number(text: str) -> bool:
+    # A run of more than 100 digits shows as ten digits in a row in every tenth character, which
+    # rules out most texts quickly. But so does `0,0,0,0,0,0,`.
+    sample = text[:: MAX_DIGITS // 10]
+    return bool(_TEN_DIGITS.search(sample) and _LONG_NUMBER.search(text))
 
 
 def shown(text: str) -> str:

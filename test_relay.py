@@ -303,6 +303,29 @@ def test_what_is_not_a_message_is_refused_with_its_reason(text, reason):
     assert len(str(caught.value)) < 600
 
 
+def zeros(size):
+    """Return a text that takes long to decode for its length, and is not a message."""
+    return '{"a":[' + '0,' * ((size - 9) // 2) + '0]}'
+
+
+@pytest.mark.parametrize('start', ['', ' ', f'{{"b":{"1" * 100},"a":[{"1" * 50},'])
+def test_a_long_text_of_short_numbers_is_decoded_without_a_check_of_each(start, monkeypatch):
+    monkeypatch.setattr(relay, '_strict_decoder', None)
+    text = zeros(2**18)
+    with pytest.raises(MessageDecodeError, match='message_type'):
+        decode(start + (text[6:] if start.strip() else text))
+
+
+@pytest.mark.parametrize('number', ['1' * 101, '-' + '9' * 101, '0.' + '1' * 101, '1e' + '0' * 101])
+@pytest.mark.parametrize('offset', range(10))
+def test_a_long_number_is_found_anywhere_in_a_long_text(number, offset):
+    text = zeros(2**18)
+    place = 2**17 + offset
+    place += text[place:].index(',')
+    with pytest.raises(MessageDecodeError, match='a number that is too long'):
+        decode(text[:place] + ' ' * offset + ',' + number + text[place:])
+
+
 def test_a_response_may_leave_out_what_has_a_default():
     assert decode('{"message_type": "server_response"}') == ServerResponse()
 
@@ -419,6 +442,25 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
                 await exchange(new, peer)
                 old.websocket.transport.abort()
                 await exchange(new, peer)
+
+
+@both_ways
+@pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
+@run_async
+async def test_the_last_of_three_clients_to_register_a_uuid_holds_it(generation, code):
+    async with running_relay() as server, registered(server, A, 'first') as first:
+        async with connected(server) as second, connected(server) as third:
+            stall(first)
+            for peer, name in ((second, 'second'), (third, 'third')):
+                peer.uuid, peer.name, peer.generation = A, name, generation
+            await second.say(second.registration())
+            # The second waits for the first to close when the third arrives.
+            await until(lambda: not holder(server, A))
+            assert await third.ask(third.registration()) == third.response()
+            assert await second.closed_with() == code
+            assert holder(server, A).name == 'third'
+            await exchange(third, third)
+            first.websocket.transport.abort()
 
 
 @both_ways
@@ -792,6 +834,16 @@ async def test_the_kernel_knows_the_bounds_of_a_connection_before_the_first_can_
         assert sockets == server.listener.sockets != []
 
 
+@pytest.mark.parametrize('letter', ['n', '\U0001f600'])
+@run_async
+async def test_a_name_is_stored_in_the_length_that_the_log_shows(letter):
+    name = letter * 5000
+    async with running_relay() as server, registered(server, A, name) as peer:
+        # One more, so that the log shows that it was cut.
+        assert holder(server, A).name == name[: relay.MAX_SHOWN + 1]
+        await exchange(peer, peer)
+
+
 @run_async
 async def test_compression_is_offered_in_vain():
     async with running_relay() as server, registered(server, A, compression='deflate') as peer:
@@ -902,6 +954,28 @@ async def test_what_a_client_chose_is_escaped_and_shortened_in_the_log(name, cap
             await peer.websocket.close(4999, name[:30].replace('\ud800', ''))
     for line in lines():
         assert line.isprintable() and line.isascii() and len(line) < 700
+
+
+@both_ways
+@run_async
+async def test_clients_that_displace_each_other_are_one_warning_an_interval(caplog):
+    def warnings():
+        return [line for line in lines() if 'again and again' in line]
+
+    with logged(caplog) as lines:
+        async with running_relay() as server:
+            addresses = set()
+            for expected in (1, 2):
+                for _ in range(3 * relay.FIGHT):
+                    async with registered(server, A) as one, registered(server, A) as other:
+                        for peer in (one, other):
+                            addresses.add(relay.address_of(peer.websocket.local_address))
+                        await one.closed_with()
+                assert len(warnings()) == expected
+                server._takeovers_since -= relay.FIGHT_INTERVAL + 1
+    for line in warnings():
+        by = re.search(r'by (\S+) and (\S+);.*new UUID', line).groups()
+        assert by[0] != by[1] and addresses.issuperset(by) and str(A) in line
 
 
 @run_async
