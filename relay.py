@@ -1537,10 +1537,7 @@ class Listener:
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_BATCH):
             full = len(self.connections) >= self.max_connections
-            if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
-                # A handshake takes less than a second: the oldest is most likely none at all.
-                next(iter(self.handshakes)).abort()
-            elif full:
+            if full and not self.handshakes:
                 self._stop_accepting_for_now('too many connections')
                 return
             try:
@@ -1550,6 +1547,9 @@ class Listener:
             except OSError as error:
                 self._stop_accepting_for_now(str(error.strerror))
                 return
+            if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
+                # A handshake takes less than a second: the oldest is most likely none at all.
+                next(iter(self.handshakes)).abort()
             sock.setblocking(False)
             Connection(self, sock, address)
 

@@ -1216,6 +1216,52 @@ def test_a_log_folder_that_cannot_be_made_is_one_line(tmp_path):
     assert str(tmp_path / 'file' / 'logs') in fails('--log-dir', str(tmp_path / 'file' / 'logs'))
 
 
+@pytest.mark.parametrize('sent', [b'', b'GET / HTTP/1.1\r\nUpgrade: webs'], ids=['nothing', 'half'])
+@pytest.mark.parametrize('secure', [False, True])
+@run_async
+async def test_a_connection_without_a_whole_request_does_not_delay_the_end(sent, secure, pem):
+    with running_program('--host', '127.0.0.1', *(['--certfile', pem / 'both.pem'] * secure)) as process:
+        async with wired(process, trusting(pem) if secure else None, opened=False) as wire:
+            wire.send(sent)
+            # Connections are accepted in order.
+            async with wired(process, trusting(pem) if secure else None):
+                pass
+            process.terminate()
+            # Within a second; the handshake itself would have ten.
+            await asyncio.to_thread(process.wait, 5)
+        assert (process.returncode, process.stderr.read()) == (0, '')
+
+
+@pytest.mark.parametrize(
+    'environment, options, lines',
+    [
+        ('', '--ping-interval ' + '9' * 400, 1),
+        ('WATCHDOG_USEC=rubbish NOTIFY_SOCKET=/nowhere', '', 0),
+        ('JOURNAL_STREAM=8:1234', '>&-', 0),
+        ('JOURNAL_STREAM=rubbish', '>&-', 0),
+    ],
+)
+def test_odd_surroundings_are_one_line_or_nothing(environment, options, lines, tmp_path):
+    program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --log-dir {tmp_path}'
+    command = f'{environment} exec {program} {options}'
+    log, pipes = tmp_path / 'server.log', {'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(['bash', '-c', command], **pipes) as process, ended_in_time(process):
+        while process.poll() is None and not (log.exists() and 'No --tok' in log.read_text()):
+            time.sleep(0.01)
+        process.terminate()
+        errors = process.stderr.read()
+    # Without a standard output, the log goes there.
+    others = [line for line in errors.splitlines() if not line.startswith('[')]
+    assert len(others) == lines, errors
+    assert process.returncode == (2 if lines else 0)
+
+
+@pytest.mark.parametrize('function', [relay.serve, relay.Listener])
+def test_a_misspelt_keyword_is_a_type_error(function):
+    with pytest.raises(TypeError, match='certifcate'):
+        function('127.0.0.1', 0, certifcate='cert.pem')
+
+
 # ------------------------------------------------------------------------------- TLS
 
 
@@ -1447,6 +1493,54 @@ async def test_the_handler_refuses_what_another_server_let_in_without_a_token(to
             assert holder(server, A, 'alice')
 
 
+@both_ways
+@run_async
+async def test_a_revoked_token_closes_its_connections_though_the_user_has_another(tokens):
+    async with (
+        running_relay(tokens=tokens) as server,
+        registered(server, A, **bearer('a1')) as kept,
+        registered(server, B, **bearer('a2:x#y')) as revoked,
+        connected(server, **bearer('a2:x#y')) as unregistered,
+    ):
+        Path(tokens).write_text('alice:a1\n')
+        server.reload(None, '', None)
+        assert await revoked.closed_with() == CloseCode.POLICY_VIOLATION
+        assert await unregistered.closed_with() == CloseCode.POLICY_VIOLATION
+        assert 'unknown' in (await kept.ask(kept.offer(B)))['error']
+
+
+# By name: the address of a peer, the X-Forwarded-For it sent, and the address in the log.
+PROXY, STRANGER = ('127.0.0.1', 5), ('198.51.100.1', 5)
+FORWARDED = {
+    'none': (PROXY, [], '127.0.0.1:5'),
+    'one address': (PROXY, ['192.0.2.7'], '192.0.2.7'),
+    'IPv6': (('::1', 5, 0, 0), ['2001:db8::1'], '2001:db8::1'),
+    'a forged address before': (PROXY, ['10.0.0.1, 192.0.2.7'], '192.0.2.7'),
+    'a forged line before': (PROXY, ['10.0.0.1', '192.0.2.7'], '192.0.2.7'),
+    'not from a proxy': (STRANGER, ['192.0.2.7'], '198.51.100.1:5'),
+    'empty': (PROXY, [''], '127.0.0.1:5'),
+    'garbage': (PROXY, ['\x1b[2J\n'], '127.0.0.1:5'),
+    'garbage at the end': (PROXY, ['192.0.2.7, x'], '127.0.0.1:5'),
+    'a Unix socket': ('', ['192.0.2.7'], 'unknown address'),
+}
+
+
+@pytest.mark.parametrize('address, lines, expected', FORWARDED.values(), ids=FORWARDED)
+def test_the_address_of_a_client_is_taken_only_from_a_proxy_here(address, lines, expected):
+    headers = websockets.datastructures.Headers([('X-Forwarded-For', line) for line in lines])
+    assert relay.client_address(address, SimpleNamespace(headers=headers)) == expected
+
+
+@both_ways
+@run_async
+async def test_the_address_that_a_proxy_tells_is_logged(caplog):
+    headers = {'X-Forwarded-For': '10.0.0.1, 192.0.2.7'}
+    with logged(caplog) as lines:
+        async with running_relay() as server, registered(server, A, additional_headers=headers):
+            pass
+    assert [line for line in lines() if line.endswith('at 192.0.2.7)')]
+
+
 @pytest.mark.parametrize(
     'content, fault',
     [
@@ -1664,6 +1758,16 @@ async def test_a_client_that_was_silent_may_send_a_burst(monkeypatch):
             for _ in range(12):
                 await peer.ask(peer.registration())
     assert waits[:9] == [0] * 9 and waits[11] > 0
+
+
+@pytest.mark.parametrize('size, units', [(1, 1), (2**14, 1), (2**14 + 1, 2), (2**20, 64)])
+@run_async
+async def test_a_message_counts_against_the_rate_once_for_each_16_kib(size, units, monkeypatch):
+    async with running_relay(rate=10) as server:
+        waits = paced(server, monkeypatch, [1000.0])
+        async with registered(server, A) as peer:
+            await peer.ask('x' * size)
+    assert waits[1] - waits[0] == pytest.approx(units / 10)
 
 
 @run_async
@@ -2051,13 +2155,17 @@ async def test_the_end_of_the_certificate_is_told_from_the_start_and_after_a_rel
     assert 6 * 86400 < float(second) - float(first) < 8 * 86400
 
 
-def test_the_watchdog_hears_from_the_relay_twice_in_its_period(monkeypatch):
+@pytest.mark.parametrize(
+    'usec, delay',
+    [('30000000', 15), ('1', 0.01), *((odd, 30) for odd in ('', '-5', '1e6', 'rubbish', '9' * 400))],
+)
+def test_the_watchdog_hears_from_the_relay_twice_in_its_period(usec, delay, monkeypatch):
     periods = []
     loop = SimpleNamespace(call_later=lambda delay, *_: periods.append(delay))
     monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(get_running_loop=lambda: loop))
-    monkeypatch.setenv('WATCHDOG_USEC', '30000000')
+    monkeypatch.setenv('WATCHDOG_USEC', usec)
     relay.beat(RelayServer())
-    assert periods == [15]
+    assert periods == [delay]
 
 
 @pytest.fixture(params=['path', 'abstract'])
@@ -2417,7 +2525,9 @@ class Wire:
         self.send(HANDSHAKE)
         answer = b''
         while not answer.endswith(b'\r\n\r\n'):
-            answer += await self.read(1)
+            byte = await self.read(1)
+            assert byte, answer
+            answer += byte
         assert answer.startswith(b'HTTP/1.1 101 ')
         return self
 
@@ -3296,7 +3406,148 @@ async def test_a_defect_met_in_the_sweep_does_not_end_it(caplog):
     assert [r.exc_info[1].args for r in caplog.records if r.exc_info] == [('a defect',)]
 
 
+UNFINISHED = {
+    'one byte too many': (frame_of(TEXT, length=2**16 + 1), 1009),
+    'one byte too many in fragments': (
+        frame_of(TEXT, b'x' * 2**15, 0) + frame_of(CONT, length=2**15 + 1),
+        1009,
+    ),
+    'as many bytes as it may send': (frame_of(TEXT, b'x' * 2**16), None),
+}
+
+
+@pytest.mark.parametrize('data, code', UNFINISHED.values(), ids=UNFINISHED)
+@run_async
+async def test_a_client_that_has_not_registered_may_send_64_kib(data, code):
+    async with running_relay() as server, wired(server) as wire:
+        wire.send(data, b'' if code else frame_of(CLOSE, code_of(1000)))
+        frames, ended_with = await wire.end()
+        assert (len(frames), ended_with) == ((0, 1009) if code else (1, 1000))
+
+
+@run_async
+async def test_out_of_memory_the_client_that_holds_the_most_is_closed(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_BUFFERED', 2**18)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as innocent, wired(server) as most, wired(server) as last:
+            for wire in (innocent, most, last):
+                await wire.register()
+            offer = said(json.dumps(innocent.peer.offer(A, description='x' * 10_000)))
+            for wire, data in (
+                (innocent, offer[:-1]),
+                (most, frame_of(TEXT, b'x' * 150_000, length=2**20)),
+                (last, frame_of(TEXT, b'x' * 120_000, length=2**20)),
+            ):
+                wire.send(data)
+                connection = await relay_side(server, wire)
+                await until(lambda: connection.counted_bytes == len(data) or wire is last)
+            assert await most.end() == ([], CloseCode.TRY_AGAIN_LATER)
+            innocent.send(offer[-1:])
+            assert (await peer.hear())['source_uuid'] == str(innocent.peer.uuid)
+            assert holder(server, last.peer.uuid)
+            assert server.refusal_counts['out_of_memory'] == 1
+        await until(lambda: server.listener.buffered_bytes == 0)
+
+
+@run_async
+async def test_out_of_memory_a_client_that_does_not_read_is_dropped(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_BUFFERED', 2**18)
+    async with running_relay() as server, registered(server, A) as sender:
+        async with wired(server, narrow=True) as wire:
+            await wire.register()
+            wire.stall()
+            while holder(server, wire.peer.uuid):
+                await sender.say(sender.offer(wire.peer.uuid, description='x' * 2**14))
+                await exchange_with_oneself(sender)
+            await alone(server, sender)
+        assert server.refusal_counts['out_of_memory'] == 1
+        assert server.listener.buffered_bytes == 0
+
+
+@pytest.mark.parametrize('data', [said('x' * 99)[:50], frame_of(TEXT, b'{', 0), frame_of(TEXT, b'', 0)])
+@run_async
+async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data, monkeypatch):
+    monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.1)
+    monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            wire.send(data)
+            assert await wire.end() == ([], CloseCode.POLICY_VIOLATION)
+        await alone(server, peer)
+        assert server.refusal_counts['incomplete'] == 1
+
+
+@pytest.mark.parametrize('reason', [relay.RATE_LIMIT, relay.TURN])
+@run_async
+async def test_a_message_that_has_to_wait_is_not_late(reason, monkeypatch):
+    async with running_relay() as server, wired(server) as wire, wired(server) as late:
+        await wire.register()
+        text, fragments = zeros(2**17), frame_of(TEXT, b'{', 0)
+        data = fragments + frame_of(CONT, b'{', 0) if reason is relay.RATE_LIMIT else said(text)
+        wire.send(data[:-1])
+        connection = await relay_side(server, wire)
+        await until(lambda: connection in server.listener.incomplete)
+        monkeypatch.setattr(server, 'pace', lambda client, size: 60)
+        monkeypatch.setattr(server.listener, 'request_turn', lambda connection: None)
+        wire.send(data[-1:])
+        await until(lambda: connection.paused_for == {reason})
+        late.send(fragments[:-1])
+        monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0)
+        assert await late.end() == ([], CloseCode.POLICY_VIOLATION)
+        assert connection.is_open and connection.paused_for == {reason}
+
+
+@run_async
+async def test_the_oldest_of_too_many_handshakes_is_dropped(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_HANDSHAKES', 2)
+    async with running_relay() as server, registered(server, A) as peer:
+        wires = []
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(3):
+                wires.append(await stack.enter_async_context(wired(server, opened=False)))
+                await exchange(peer, peer)
+            assert await wires[0].reader.read() == b''
+            for wire in wires[1:]:
+                await wire.open()
+        await alone(server, peer)
+
+
+@run_async
+async def test_the_last_connection_that_there_is_room_for_is_served():
+    server = RelayServer()
+    answer = server.process_request
+    listener = relay.Listener(server, answer, max_connections=2)
+    async with until_closed(await listener.listen('127.0.0.1', 0)):
+        server.url = 'ws://%s:%d' % listener.sockets[0].getsockname()
+        async with registered(server, A) as one, registered(server, B) as other:
+            await exchange(one, other)
+
+
 # ------------------------------------------------------------------------------- Attacks
+
+# By name: requests that are no handshake, or none that a server may accept. websockets answers some
+# of them itself, not in all versions.
+REQUESTS = {
+    'POST': b'POST / HTTP/1.1\r\n\r\n',
+    'POST with a body': b'POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello',
+    'POST with chunks': b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n',
+    'HEAD': b'HEAD / HTTP/1.1\r\n\r\n',
+    'GET with a body': b'GET / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello',
+    'GET with an empty body': b'GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n',
+    'HTTP/1.0': b'GET / HTTP/1.0\r\n\r\n',
+    'a handshake with a body': HANDSHAKE[:-2] + b'Content-Length: 5\r\n\r\nhello',
+}
+
+
+@pytest.mark.parametrize('data', REQUESTS.values(), ids=REQUESTS)
+@run_async
+async def test_a_request_of_another_kind_gets_an_answer(data):
+    async with running_relay() as server:
+        head, _, body = (await http(server, data)).partition(b'\r\n\r\n')
+        assert head.split()[:2] in ([b'HTTP/1.1', b'426'], [b'HTTP/1.1', b'400'])
+        assert body.endswith(b'\n')
+
 
 PROBES = {
     'nothing': b'EOF',
