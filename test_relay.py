@@ -3157,6 +3157,11 @@ async def test_clients_that_are_lost_leave_no_timer(monkeypatch):
                 wire.send(data)
                 await exchange_with_nobody(server)
                 wire.reset()
+        monkeypatch.setattr(server, 'pace', lambda client, size: 60)
+        async with wired(server) as wire:
+            wire.send(said('x'))
+            assert (await wire.hear())['error']
+            wire.reset()
         await until(lambda: not server.listener.connections)
         assert remembered() == left
         assert len(timers()) == before
@@ -3381,6 +3386,11 @@ async def sends_no_record(wire):
     wire.writer.write(b'GET / HTTP/1.1\r\n\r\n')
 
 
+async def sends_no_record_after_a_message(wire):
+    wire.tls.write(said('x'))
+    wire.writer.write(wire.sent.read() + b'GET / HTTP/1.1\r\n\r\n')
+
+
 async def closes(wire):
     wire.send(frame_of(CLOSE, code_of(1000)))
     assert await wire.end() == ([], 1000)
@@ -3401,6 +3411,7 @@ async def resets_tls(wire):
 
 
 TLS_ENDINGS = [tells_the_end_of_tls, truncates, truncates_a_record, sends_no_record, resets_tls]
+TLS_ENDINGS += [sends_no_record_after_a_message]
 TLS_ENDINGS += [closes, closes_and_tells_the_end_of_tls, breaks_the_rules]
 
 
@@ -3465,14 +3476,15 @@ async def test_a_tls_handshake_that_is_given_up_leaves_nothing(size, leave, tls,
 @run_async
 async def test_a_tls_handshake_of_single_bytes_has_no_more_time_than_another(tls, pem, caplog):
     with logged(caplog, 'INFO'):
-        async with running_relay(tls, open_timeout=0.2) as server:
+        async with running_relay(tls, open_timeout=0.05) as server:
             async with wired(server, opened=False) as wire:
                 connection = await relay_side(server, wire)
-                for byte in hello_of(trusting(pem))[:200]:
+                hello = iter(hello_of(trusting(pem))[:-1])
+                # Each byte takes at least a millisecond, and there are hundreds.
+                while connection in server.listener.connections:
                     heard = connection.last_heard
-                    wire.send(bytes([byte]))
-                    await until(lambda: connection.last_heard > heard or connection.sock.fileno() < 0)
-                await until(lambda: not server.listener.connections)
+                    wire.send(bytes([next(hello)]))
+                    await until(lambda: connection.last_heard > heard or connection.finished)
 
 
 @run_async
@@ -3597,7 +3609,11 @@ async def test_out_of_memory_a_client_that_does_not_read_is_dropped(monkeypatch)
         assert server.listener.buffered_bytes == 0
 
 
-@pytest.mark.parametrize('data', [said('x' * 99)[:50], frame_of(TEXT, b'{', 0), frame_of(TEXT, b'', 0)])
+@pytest.mark.parametrize(
+    'data',
+    [said('x' * 99)[:50], frame_of(TEXT, b'{', 0), frame_of(TEXT, b'', 0)],
+    ids=['half a frame', 'a fragment', 'an empty fragment'],
+)
 @run_async
 async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data, monkeypatch):
     monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.1)
