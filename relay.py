@@ -1271,7 +1271,8 @@ class Connection:
     def _on_frame(self, frame: Frame) -> None:
         if frame.opcode in (TEXT, BINARY, CONT):
             self._on_data(frame)
-        wait = self.relay.pace(self.client, len(frame.data))
+        # The connection may have been closed because of this message.
+        wait = self.relay.pace(self.client, len(frame.data)) if self.is_open else 0
         if wait > 0:
             self._pause(RATE_LIMIT)
             self.rate_timer = self.loop.call_later(wait, self._resume, RATE_LIMIT)

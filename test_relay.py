@@ -1527,7 +1527,7 @@ FORWARDED = {
 
 @pytest.mark.parametrize('address, lines, expected', FORWARDED.values(), ids=FORWARDED)
 def test_the_address_of_a_client_is_taken_only_from_a_proxy_here(address, lines, expected):
-    headers = websockets.datastructures.Headers([('X-Forwarded-For', line) for line in lines])
+    headers = SimpleNamespace(get_all={'X-Forwarded-For': lines}.get)
     assert relay.client_address(address, SimpleNamespace(headers=headers)) == expected
 
 
@@ -3607,6 +3607,19 @@ async def test_out_of_memory_a_client_that_does_not_read_is_dropped(monkeypatch)
             await alone(server, sender)
         assert server.refusal_counts['out_of_memory'] == 1
         assert server.listener.buffered_bytes == 0
+
+
+@run_async
+async def test_a_client_may_be_dropped_for_the_answer_to_its_own_message(monkeypatch, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay() as server, registered(server, A) as peer:
+            async with wired(server, narrow=True) as wire:
+                await wire.register()
+                await leave_unread(server, wire)
+                # There is no memory left for the close frame.
+                monkeypatch.setattr(relay, 'MAX_BUFFERED', server.listener.buffered_bytes)
+                wire.send(said(b'\xff'))
+                await alone(server, peer)
 
 
 @pytest.mark.parametrize(
