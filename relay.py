@@ -1191,8 +1191,10 @@ class Connection:
             self.server.incomplete.setdefault(self, time.monotonic())
 
     def _control_reading(self) -> None:
-        """Stop reading while the connection is paused with a full input."""
-        full = bool(self.paused_for) and len(self.input) > RECEIVE_BUFFER
+        """Stop reading while the connection is paused with a full input or output."""
+        # TLS itself answers some records, which never become input.
+        held = max(len(self.input) - RECEIVE_BUFFER, len(self.output) - MAX_BACKLOG)
+        full = bool(self.paused_for) and held > 0
         if full and not self.eof and self not in self.server.not_reading:
             self.loop.remove_reader(self.sock)
             self.server.not_reading[self] = None

@@ -2491,7 +2491,7 @@ class Wire:
 
     def send(self, *data):
         data = b''.join(data)
-        if self.tls:
+        if self.tls and data:  # some versions of Python cannot write nothing
             self.tls.write(data)
             data = self.sent.read()
         self.writer.write(data)
@@ -3232,6 +3232,23 @@ async def test_a_client_that_does_not_read_what_it_is_answered_is_read_no_more(
             assert opcode == TEXT and json.loads(first)['error']
             rest = await wire.read((len(first) + 4) * (count - 1))
             assert rest.count(first) == count - 1
+
+
+@run_async
+async def test_a_client_that_makes_tls_answer_and_does_not_read_is_read_no_more(monkeypatch):
+    # OpenSSL answers each KeyUpdate, which is not input.
+    answers = SimpleNamespace(read=lambda: bytes(2**16))
+    session = SimpleNamespace(outgoing=answers, ended=False, decrypt=lambda data, plain: None)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server, narrow=True) as wire:
+            wire.stall()
+            connection = await relay_side(server, wire)
+            connection.tls = session
+            while connection not in server.listener.not_reading:
+                wire.send(b'a KeyUpdate')
+                await exchange(peer, peer)
+                assert len(connection.output) < 1.2 * relay.MAX_BACKLOG
+            connection.abort()
 
 
 @run_async
