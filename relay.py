@@ -1949,8 +1949,20 @@ def beat(relay: RelayServer) -> None:
     asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
 
 
+class LogFormatter(logging.Formatter):
+    """Writes a line for a file or a terminal. Formatting the time anew for each would be slow."""
+
+    second, text = 0, ''
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Return the local time of a record, to the second."""
+        if int(record.created) != self.second:
+            self.second, self.text = int(record.created), super().formatTime(record, datefmt)
+        return self.text
+
+
 class JournalFormatter(logging.Formatter):
-    """Puts the level in front of each line, as the journal reads it, and leaves out the time."""
+    """Writes a line for the journal: after its level, without the time."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as one or more lines."""
@@ -1973,8 +1985,6 @@ def configure_logging(log_dir: str | None, level: str) -> None:
     Raises StartError if the file cannot be written.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if is_journal(sys.stdout):
-        handlers[0].setFormatter(JournalFormatter('%(message)s'))
     path = os.path.join(log_dir or '', 'server.log')
     try:
         if log_dir is not None:
@@ -1982,13 +1992,18 @@ def configure_logging(log_dir: str | None, level: str) -> None:
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
     except OSError as error:
         raise StartError(f'cannot log to {path}: {error.strerror}') from error
-    form = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-    logging.basicConfig(format=form, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
+    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    for handler in handlers:
+        handler.setFormatter(LogFormatter(line, '%Y-%m-%d %H:%M:%S'))
+    if is_journal(sys.stdout):
+        handlers[0].setFormatter(JournalFormatter('%(message)s'))
+    logging.basicConfig(level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
-    # The logging HOWTO, section Optimization: do not collect what no format shows.
+    # What no format shows is not looked up (logging HOWTO, section Optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     # websockets logs session descriptions at DEBUG and, up to version 15, each port scan as an
-    # ERROR. asyncio warns of slow callbacks and the like; errors are worth a line.
+    # ERROR. asyncio warns of slow callbacks; only its errors are worth a line.
     logging.getLogger('websockets').setLevel(logging.CRITICAL)
     logging.getLogger('asyncio').setLevel(logging.ERROR)
 
