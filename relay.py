@@ -1453,7 +1453,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, StartError):
         return str(error)
     # Other errors may quote the address, with its token.
-    known = isinstance(error, (OSError, InvalidHandshake))
+    known = isinstance(error, (OSError, EOFError, InvalidHandshake))
     reason = str(error) if known else type(error).__name__
     return f'{reason}; check the address, ws:// or wss://, and that the relay is running'
 
