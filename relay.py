@@ -4,14 +4,15 @@
 # requires-python = ">=3.9"
 # dependencies = ["websockets>=14"]
 # ///
-"""Let two WebRTC peers find each other: a signaling relay in one file.
+"""A signaling relay in one file: two WebRTC peers use it to find each other.
 
 Each client opens a WebSocket, registers under a UUID, and exchanges session descriptions with
-its peers through the relay; their data then flows without it. Clients are the endpoints of
-ProxyStore, every release; browsers; and whatever else opens a WebSocket and writes JSON.
+its peers through the relay. After that, the peers talk to each other directly. Clients are the
+endpoints of ProxyStore (every release), browsers, and any program that can open a WebSocket and
+write JSON.
 
-Each message is one JSON object in one text frame. The client sends the first of these, is
-answered by the second before anything else, and from then on sends, and is sent, the third:
+Protocol. Every message is one JSON object in one text frame. A client sends a registration and
+receives a response before anything else. From then on it sends and receives peer connections:
 
     {"message_type": "server_registration", "name": "laptop", "uuid": "<its UUID>"}
     {"success": true, "message": null, "error": false, "message_type": "server_response"}
@@ -19,23 +20,28 @@ answered by the second before anything else, and from then on sends, and is sent
      "peer_uuid": "<the peer's UUID>", "description_type": "offer", "description": "<SDP>",
      "error": null}
 
-A `relay_registration` (ProxyStore 0.6 and later) is the same, answered by a `relay_response`. A
-`peer_connection` is forwarded exactly as it came: its last three fields, of which `error` may be
-left out, are the peers' business, and keys that are not named here travel along.
+A `relay_registration` (ProxyStore 0.6 and later) works the same and is answered by a
+`relay_response`. A `peer_connection` is forwarded exactly as it was received. Its last three
+fields are the peers' business; `error` may be missing, and unknown keys are forwarded too.
 
-What cannot be forwarded comes back to its sender, with these fields only and `error` saying why:
-the peer is unknown, the peer does not read what is sent to it, `source_uuid` is not the sender's
-or, with --nats, the relay of the peer cannot be reached. What is not a message is answered by a
-response with `success: false`, `error: true` and the reason in `message`. Neither ends the
-connection, nor the registration.
+A message that cannot be forwarded is returned to its sender with the reason in `error`: the peer
+is unknown, the peer does not read, `source_uuid` is not the sender's or, with --nats, the peer's
+relay cannot be reached. Anything that is not a valid message is answered by a response with
+`success: false`, `error: true` and the reason in `message`. Neither closes the connection.
 
-A UUID that registers on a new connection displaces its old one, which is closed: with 1001 if it
-spoke `server_registration`, with 4004 ("do not come back") if it spoke `relay_registration`.
-Other close codes: 1001, the relay stops; 1008, no registration within 30 s, or its user has no
-token any more; 1009, a message of more than 1 MiB; 1011, no answer to a ping; 1013, no room.
+If a UUID is registered again on a new connection, the old connection is closed: with 1001 if it
+used `server_registration`, with 4004 ("do not come back") if it used `relay_registration`. The
+other close codes: 1001 the relay stops; 1008 not registered within 30 s, message not complete
+within 30 s, or token revoked; 1009 message longer than 1 MiB (64 KiB before registering); 1011
+ping not answered; 1012 the relay is being upgraded; 1013 too many clients or out of memory.
 
-Where there are tokens, a client shows one: `Authorization: Bearer TOKEN`, ws://USER:TOKEN@HOST
-or ws://HOST/?token=TOKEN. Without, it gets HTTP 401. To it, only its own user's clients exist.
+If the relay requires tokens, a client sends one in its handshake: `Authorization: Bearer TOKEN`,
+ws://USER:TOKEN@HOST or ws://HOST/?token=TOKEN. A client without a valid token gets HTTP 401. A
+client can only see and reach clients of its own user.
+
+Map of this file. `decode` turns a text into a message, `RelayServer` decides what happens with
+it, and `Connection` moves bytes between a socket and the relay. Around them: `Listener` accepts
+connections, `Backplane` links several relays over NATS, and `serve` starts and stops it all.
 """
 
 from __future__ import annotations
@@ -45,8 +51,8 @@ import asyncio
 import base64
 import contextlib
 import datetime
-import errno
 import hashlib
+import ipaddress
 import itertools
 import json
 import logging.handlers
@@ -58,10 +64,10 @@ import socket
 import ssl
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Callable, NamedTuple, Optional, get_type_hints
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
@@ -75,47 +81,69 @@ try:
 except ImportError as error:
     if __name__ != '__main__':
         raise
-    raise SystemExit(f"relay.py: {error}; pip install 'websockets>=14' mends it") from None
+    raise SystemExit(f"relay.py: {error}; try: pip install 'websockets>=14'") from None
 
-__version__ = '0.1.0'
-# On some versions of Python, a member of an enumeration takes longer to reach.
-OPEN = State.OPEN
-TEXT, PING, PONG, CLOSE = Opcode.TEXT, Opcode.PING, Opcode.PONG, Opcode.CLOSE
+__version__ = '0.2.0'
 logger = logging.getLogger('relay')
+# Members of an enumeration take longer to look up on some versions of Python.
+OPEN, CONNECTING = State.OPEN, State.CONNECTING
+TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
+OPCODES = frozenset(int(opcode) for opcode in Opcode)
+TLS_HELLO = 0x16  # the first byte of a TLS connection
+TCP_CLOSE = 7  # a state in Linux's TCP_INFO
 
-# Limits, each with its reason.
-MAX_MESSAGE = 2**20  # bytes: what ProxyStore's own relay takes, and its clients
-MAX_FRAGMENTS = 4096  # of one message; websockets has a limit of its own from version 17 on
-MAX_BACKLOG = 2**20  # bytes that wait for a peer to read; when none wait, any message is taken
-RECEIVE_BUFFER = 2**16  # bytes the kernel reads ahead: a flood is to wait in the flooder's memory
+# ------------------------------------------------------------------------------- Limits
+#
+# Every limit of the relay with its reason, grouped by unit. Options can change some of them.
+
+# Bytes.
+MAX_MESSAGE = 2**20  # the limit of ProxyStore's own relay and clients
+MAX_UNREGISTERED = 2**16  # input of a client that has not registered; ample for a registration
+MAX_BACKLOG = 2**20  # output waiting for one client; if none is waiting, any message is accepted
+MAX_BUFFERED = 2**28  # input and output waiting, all connections together
+LONG_MESSAGE = 2**15  # longer messages are decoded one at a time, to keep the event loop free
+SLICE = 2**15  # input of one client that is processed in one turn of the event loop
+SLICE_MINIMUM = 2**11  # of a slice, used by each frame however short
+RATE_UNIT = 2**14  # a message counts once against the rate for each started unit
+RECEIVE_BUFFER = 2**16  # read at once, and by the kernel ahead; a flood waits in its sender
+SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
+TLS_RECORD = 2**14  # the most that TLS encrypts at once
+STRICT_DECODE = 2**12  # shorter texts are decoded with a check of every number
+MESSAGE_OVERHEAD = 2**11  # memory of a message on its way over NATS, in addition to its text
+
+# Seconds.
+REGISTER_TIMEOUT = 30  # for a client to register
+MESSAGE_TIMEOUT = 30  # from the first byte of a message to its last
+TAKEOVER_TIMEOUT = 0.5  # for a displaced connection to close; it may be dead and another waits
+STOP_TIMEOUT = 12  # for the relay to stop, whatever its clients do
+STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; it is answered with 503
+STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
+SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
+ACCEPT_RETRY = 1  # until accepting is tried again after running out of file descriptors
+CHECK_TIMEOUT = 10  # for a --check
+REFUSAL_INTERVAL = 60  # between log lines about one source of refusals; all are counted
+FIGHT_INTERVAL = 60  # between warnings about two clients that displace each other
+
+# Numbers.
 RATE = 500  # messages a second of one client; peers that connect exchange a dozen
-BURST = 0.1  # seconds' worth of messages that a client that was silent may send at once
-SPARE_FILES = 64  # not for clients: the log, those that are connecting, those that are refused
-MAX_PONGS = 2**13  # bytes of them left unread before a client is taken for a flood of pings
-TAKEOVER_WAIT = 0.5  # s for a displaced connection to close: it may be dead, and the next waits
-STALL_TIMEOUT = 120_000  # ms until the kernel ends a connection that takes nothing, pings included
-REGISTER_TIMEOUT = 30  # s for a client to register
-STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
-CHECK_TIMEOUT = 10  # s until a check has failed
-REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
-MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
+BURST = 0.1  # burst allowance, in seconds at the full rate
+FIGHT = 3  # takeovers of one UUID within FIGHT_INTERVAL before a warning
+RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
+MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
+HANDSHAKE_FDS = 32  # and for connections that are not clients yet, or are being refused
+MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able to read it
+LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
+WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
+MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
+ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
+
+
+# NATS.
 ASK_TIMEOUT = 2  # s for another relay to take a message
 SPREAD_TIME = 0.05  # s until all NATS servers know who has subscribed
 DRAIN_TIMEOUT = 1  # s for what is on its way over NATS when the relay stops
 PULSE = 0.5  # s until the relay looks whether NATS is there, and tries again
 CLAIM_TURNS = 120  # of these until it claims its clients' UUIDs again
-MESSAGE_COST = 2**11  # bytes that a message takes, beside its text, while it is on its way
-MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
-LIMITS: dict[str, Any] = {  # of a connection, as websockets names them
-    'max_size': MAX_MESSAGE,
-    'origins': None,
-    'reuse_port': None,  # as asyncio names it
-    'open_timeout': 10,
-    'close_timeout': 10,
-    # Slack for a laptop on a bad network: many clients never come back from a lost connection.
-    'ping_interval': 30,
-    'ping_timeout': 90,
-}
 NATS_OPTIONS: dict[str, Any] = {
     'name': 'relay.py',
     'allow_reconnect': False,
@@ -128,7 +156,23 @@ NATS_OPTIONS: dict[str, Any] = {
     'flush_timeout': ASK_TIMEOUT,
 }
 
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of each connection, in seconds and bytes, named as websockets names them."""
+
+    max_size: int = MAX_MESSAGE
+    origins: tuple[Any, ...] | None = None  # None: web pages of any origin may connect
+    open_timeout: float = 10
+    close_timeout: float = 10
+    # Generous, for laptops on bad networks: ProxyStore clients never recover from a lost one.
+    ping_interval: float | None = 30
+    ping_timeout: float = 90
+
+
 # ------------------------------------------------------------------------------- Messages
+#
+# From text to message and back. There is no I/O in this section.
 
 
 class MessageEncodeError(Exception):
@@ -136,7 +180,11 @@ class MessageEncodeError(Exception):
 
 
 class MessageDecodeError(Exception):
-    """Raised when a text is not a message; says why, to one who understands `response_type`."""
+    """Raised when a text is not a valid message.
+
+    The text of the error is the reason; `response_type` is the message type of the response
+    that the sender of the text understands.
+    """
 
     def __init__(self, reason: str, response_type: str = 'server_response') -> None:
         super().__init__(reason)
@@ -145,69 +193,89 @@ class MessageDecodeError(Exception):
 
 @dataclass
 class Message:
-    """Base of the three messages."""
+    """Base class of the three messages."""
 
 
 @dataclass
 class ServerRegistration(Message):
-    """Asks to be known under a UUID; `message_type` tells the client's generation."""
+    """A client's request to be registered under a UUID."""
 
     name: str
     uuid: UUID
-    message_type: str = 'server_registration'
+    message_type: str = 'server_registration'  # `relay_registration` from ProxyStore 0.6 on
 
 
 @dataclass
 class ServerResponse(Message):
-    """Tells a client that it is registered, or what was wrong."""
+    """The relay's answer to a registration, or to a text that is not a valid message."""
 
     success: bool = True
-    message: str | None = None
+    message: Optional[str] = None
     error: bool = False
-    message_type: str = 'server_response'
+    message_type: str = 'server_response'  # `relay_response` from ProxyStore 0.6 on
 
 
 @dataclass
 class PeerConnection(Message):
-    """Carries a session description from peer to peer, or back with an error."""
+    """A session description on its way to a peer, or back to its sender with an error."""
 
     source_uuid: UUID
     source_name: str
     peer_uuid: UUID
     description_type: str
     description: str
-    error: str | None = None
+    error: Optional[str] = None
     message_type: str = 'peer_connection'
 
 
-MESSAGE_TYPES: dict[str, type[Message]] = {
-    'server_registration': ServerRegistration,
-    'relay_registration': ServerRegistration,
-    'server_response': ServerResponse,
-    'relay_response': ServerResponse,
-    'peer_connection': PeerConnection,
+class Field(NamedTuple):
+    """A key of a message: the JSON types it may have, and how an error describes them."""
+
+    name: str
+    types: tuple[type, ...]
+    expected: str
+    default: object  # MISSING, which is of no JSON type, if the key is required
+    is_uuid: bool
+
+
+class Schema(NamedTuple):
+    """The class of a message, and its fields."""
+
+    message_class: type[Message]
+    fields: list[Field]
+
+
+JSON_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
+    str: ((str,), 'a string'),
+    Optional[str]: ((str, type(None)), 'a string or null'),
+    bool: ((bool,), 'true or false'),
+    UUID: ((str,), 'a string that holds a UUID'),
 }
 
-A_UUID = 'a string that holds a UUID'
-# By annotation of a field: what JSON gives for it, and how to ask for it.
-FIELD_TYPES: dict[Any, Any] = {
-    'str': (str, 'a string'),
-    'str | None': ((str, type(None)), 'a string or null'),
-    'bool': (bool, 'true or false'),
-    'UUID': (str, A_UUID),
-}
-# By message_type: its class, and the name, types, words and default of each field.
-FORMS = {
-    name: (kind, [(f.name, *FIELD_TYPES[f.type], f.default) for f in fields(kind)])
-    for name, kind in MESSAGE_TYPES.items()
+
+def _schema(kind: type[Message]) -> Schema:
+    hints = get_type_hints(kind)
+    rows = [(f.name, *JSON_TYPES[hints[f.name]], f.default) for f in fields(kind)]
+    return Schema(kind, [Field(*row, hints[row[0]] is UUID) for row in rows])
+
+
+SCHEMAS = {
+    'server_registration': _schema(ServerRegistration),
+    'relay_registration': _schema(ServerRegistration),
+    'server_response': _schema(ServerResponse),
+    'relay_response': _schema(ServerResponse),
+    'peer_connection': _schema(PeerConnection),
 }
 
 
 def encode(message: Message) -> str:
-    """Return the JSON text of a message."""
+    """Return the JSON text of a message.
+
+    Raises MessageEncodeError if it is not a message, or if a field has a type JSON does not know.
+    """
     try:
-        if MESSAGE_TYPES[vars(message)['message_type']] is not type(message):
-            raise TypeError('a message of another message_type')
+        if SCHEMAS[vars(message)['message_type']].message_class is not type(message):
+            raise TypeError('message_type does not match the class')
         values = {k: str(v) if isinstance(v, UUID) else v for k, v in vars(message).items()}
         return json.dumps(values, allow_nan=False)
     except (KeyError, TypeError, ValueError) as error:
@@ -215,240 +283,415 @@ def encode(message: Message) -> str:
 
 
 def decode(text: str | bytes) -> Message:
-    """Return the message in a text, or raise MessageDecodeError: there is no third way."""
-    name: Any = None
+    """Return the message in the payload of a frame.
+
+    Raises MessageDecodeError, and nothing else, if the payload is not a valid message.
+    """
+    response_type = 'server_response'
     try:
-        if not isinstance(text, str):
-            raise ValueError('a message comes in a text frame, not in a binary one')
-        # This takes three quarters of the time, but no space before or after it.
-        data, end = _decoder.raw_decode(text) if text.startswith('{') else (None, -1)
-        if end < len(text):
-            data = _decoder.decode(text)
-        if not isinstance(data, dict):
-            raise ValueError('a message is a JSON object')
+        data = _load(text)
         name = data.get('message_type')
-        if not isinstance(name, str) or name not in MESSAGE_TYPES:
-            raise ValueError(f'message_type must be one of {", ".join(MESSAGE_TYPES)}')
-        kind, form = FORMS[name]
-        values = []
-        for key, types, expected, default in form:
-            value = data.get(key, default)
-            if not isinstance(value, types):
-                raise ValueError(f'{key} must be {expected}')
-            values.append(_uuid(key, value) if expected is A_UUID else value)
-        return kind(*values)
+        if not isinstance(name, str) or name not in SCHEMAS:
+            raise ValueError(f'message_type must be one of {", ".join(SCHEMAS)}')
+        if name.startswith('relay_'):
+            response_type = 'relay_response'
+        return _build(SCHEMAS[name], data)
     except RecursionError:
         reason = 'nested too deep'
     except json.JSONDecodeError as error:
         reason = f'not JSON: {error}'
     except ValueError as error:
         reason = str(error)
-    generation = 'relay' if str(name).startswith('relay_') else 'server'
-    raise MessageDecodeError(reason, f'{generation}_response')
+    raise MessageDecodeError(reason, response_type)
 
 
-# Most are those of the same few peers; others than the usual form may be long.
-_known = lru_cache(4096)(UUID)
+def _load(text: str | bytes) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise ValueError('a message must be a text frame, not a binary frame')
+    decoder = _strict_decoder
+    if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text[:: MAX_DIGITS // 10]):
+        decoder = _decoder
+    data = decoder.decode(text)
+    if not isinstance(data, dict):
+        raise ValueError('a message must be a JSON object')
+    return data
 
 
-def _uuid(key: str, value: str) -> UUID:
+def _build(schema: Schema, data: dict[str, Any]) -> Message:
+    values = []
+    for name, types, expected, default, is_uuid in schema.fields:
+        value = data.get(name, default)
+        if not isinstance(value, types):
+            raise ValueError(f'{name} must be {expected}')
+        values.append(_parse_uuid(name, str(value)) if is_uuid else value)
+    return schema.message_class(*values)
+
+
+# The same few UUIDs in every message: parsing them again would be an eighth of a forward. Only the
+# usual form is kept, other forms may be long.
+_cached_uuid = lru_cache(4096)(UUID)
+
+
+def _parse_uuid(name: str, value: str) -> UUID:
     try:
-        return _known(value) if len(value) == 36 else UUID(value)
+        return _cached_uuid(value) if len(value) == 36 else UUID(value)
     except ValueError:
-        raise ValueError(f'{key} must be {A_UUID}, not {shown(value)}') from None
+        raise ValueError(
+            f'{name} must be a string that holds a UUID, not {shown(value)}'
+        ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of a key that comes twice, the relay might read one value and the peer the other.
+    # If a key is there twice, the relay might read one value and the peer the other.
     data = dict(pairs)
     if len(data) < len(pairs):
-        raise ValueError('a key comes twice in one object')
+        raise ValueError('duplicate key in an object')
     return data
 
 
 def _number(text: str) -> float:
     if len(text) > MAX_DIGITS or text[-1].isalpha():
-        raise ValueError(f'{shown(text)} is NaN, Infinity or too long for a number')
+        raise ValueError(f'{shown(text)} is NaN, Infinity or a number that is too long')
     return float(text)
 
 
-_decoder = json.JSONDecoder(
+# Calling `_number` for each number of a long text of zeros takes four times as long as the rest. A
+# long text is therefore searched for a long number first: a run of more than 100 digits shows as
+# ten digits in a row in every tenth character.
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number)
+_strict_decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_number
 )
+_LONG_NUMBER = re.compile('[0-9]{10}')
 
 
 def shown(text: str) -> str:
-    """Return a text that a client chose as the log may hold it: quoted, ASCII and short."""
+    """Return a client's text as the log may show it: quoted, ASCII, at most MAX_SHOWN long."""
     return ascii(text[:MAX_SHOWN]) + ('...' if len(text) > MAX_SHOWN else '')
 
 
-# ------------------------------------------------------------------------------- Relay
+# ------------------------------------------------------------------------------- Access
+#
+# Who may connect: the token file, and the token that a handshake shows.
 
-WELCOME = 'This is a relay for WebRTC peers. Connect to it with a WebSocket: ws:// or wss://.\n'
-UNWELCOME = 'This relay asks for a token.\n'
-# Why a message is not forwarded, by the name under which it is counted.
-UNFORWARDED = {
+
+class StartError(Exception):
+    """Raised when the relay cannot start; its text is the one line the operator sees."""
+
+
+class Credentials(NamedTuple):
+    """The user of a connection, and the hash of the token it showed. Both empty without tokens."""
+
+    user: str
+    token_hash: bytes
+
+
+NO_CREDENTIALS = Credentials('', b'')
+
+
+def read_tokens(path: str) -> dict[bytes, str]:
+    """Return the users of a token file by the hash of their tokens.
+
+    Each line is `user:token`; ` #` begins a comment. Raises StartError if the file cannot be
+    read, has any other line, or has no token.
+    """
+    tokens: dict[bytes, str] = {}
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            if os.fstat(file.fileno()).st_mode & 0o007:
+                logger.warning('%s can be read or changed by every user of this machine', path)
+            # A # inside a token does not begin a comment.
+            lines = [f' {line}'.partition(' #')[0].strip() for line in file]
+    except (OSError, ValueError) as error:
+        raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
+    for number, line in enumerate(lines, 1):
+        user, _, token = line.partition(':')
+        if line and not (user and token and line.isprintable() and ' ' not in line):
+            raise StartError(f'{path}, line {number}: not in the form user:token')
+        if line and tokens.setdefault(_hash(token), user) != user:
+            raise StartError(f'{path}, line {number}: this token belongs to another user')
+    if not tokens:
+        raise StartError(f'{path}: no line in the form user:token')
+    return tokens
+
+
+def find_credentials(
+    request: Request | None, tokens: dict[bytes, str] | None
+) -> Credentials | None:
+    """Return whose token a handshake shows, or None if it shows no valid token."""
+    if request is None or tokens is None:
+        return NO_CREDENTIALS
+    try:
+        user = ''
+        scheme, _, value = ' '.join(request.headers.get_all('Authorization')).partition(' ')
+        if scheme.lower() == 'basic':
+            user, _, token = base64.b64decode(value, validate=True).decode().partition(':')
+        elif scheme.lower() == 'bearer':
+            token = value
+        else:
+            token = parse_qs(urlsplit(request.path).query)['token'][0]
+    except (KeyError, ValueError):
+        return None
+    owner = tokens.get(_hash(token))
+    if owner is None or (scheme.lower() == 'basic' and owner != user):
+        return None
+    return Credentials(owner, _hash(token))
+
+
+def _hash(token: str) -> bytes:
+    # Looking up hashes rather than tokens gives nothing away by the time it takes.
+    return hashlib.sha256(token.encode()).digest()
+
+
+def address_of(address: Any) -> str:
+    """Return the address of a socket in one word."""
+    if not isinstance(address, tuple):
+        return 'unknown address'
+    return f'[{address[0]}]:{address[1]}' if ':' in address[0] else f'{address[0]}:{address[1]}'
+
+
+def client_address(address: Any, request: Request | None) -> str:
+    """Return the address of a client, which a proxy on this machine may give in a header.
+
+    The last entry of X-Forwarded-For is the one that the proxy itself added.
+    """
+    forwarded = request.headers.get_all('X-Forwarded-For') if request is not None else []
+    with contextlib.suppress(ValueError, TypeError, IndexError):
+        if forwarded and ipaddress.ip_address(address[0]).is_loopback:
+            return str(ipaddress.ip_address(forwarded[-1].rpartition(',')[2].strip()))
+    return address_of(address)
+
+
+# ------------------------------------------------------------------------------- Relay
+#
+# What happens with each message. The decisions in here are plain functions without an `await`, so
+# nothing can change between looking up a client and acting on it. Sockets are only known as Links.
+
+WELCOME = 'This is a signaling relay for WebRTC peers. Connect to it with a WebSocket (ws://).\n'
+TOKEN_REQUIRED = 'This relay requires a token.\n'
+# Why a message is returned to its sender, by the reason's name in the metrics.
+FORWARD_ERRORS = {
     'unknown_peer': 'this peer is unknown',
     'forged_source': "source_uuid is not the sender's",
     'backlog': 'this peer does not read what is sent to it',
-    'too_long': 'it is too long to go from relay to relay',
+    'too_long': 'it is too long to be sent to another relay',
     'disconnected': 'the relays are disconnected',
 }
-# What ProxyStore's relay says, and its endpoints show to their users.
-DISPLACED = 'Relay received a registration with the same ID. '
-DISPLACED += 'This might mean that the endpoint is running in multiple locations.'
+COUNTERS = [
+    'registrations',
+    'displaced_registrations',
+    'pings_unanswered',
+    'forwarded_messages',
+    'forwarded_bytes',
+    'remote_messages',
+    'remote_unknown',
+]
+# Other refusals, by reason; `rate_paced` counts messages that had to wait.
+REFUSALS = [*FORWARD_ERRORS, 'malformed', 'too_large', 'rate_paced', 'never_registered']
+REFUSALS += ['incomplete', 'unauthorized', 'full', 'out_of_memory']
+# ProxyStore's relay uses these words, and its endpoints show them to their users.
+DISPLACED = (
+    'Relay received a registration with the same ID. '
+    'This might mean that the endpoint is running in multiple locations.'
+)
 
 
-@dataclass(eq=False, repr=False)  # asyncio may log one, and not what its client chose
-class Client:
-    """A connection and, once it has registered, its name and UUID.
+class EmbeddedLink:
+    """Sends to a client that is served by `websockets.asyncio.server.serve`.
 
-    This one is served by `websockets.asyncio.server.serve`; `serve` below has Connection.
+    It does what Connection, further below, does for the relay's own server.
     """
 
-    name: str
-    uuid: UUID | None
-    websocket: Any
-    user: str = ''
-    address: str = 'unknown address'
-    response_type: str = 'server_response'
-    pending: int = 0  # bytes that its connection is about to write
-    due: float = 0.0  # when it may send its next message, where there is a rate
-    deadline: asyncio.TimerHandle | None = None  # until which it must have registered
-    gone: asyncio.Future[None] | None = None  # what somebody waits for who wants its UUID
-    closing: Any = None  # true, or the task that sees to it: what the client sends does nothing
+    def __init__(self, websocket: Any) -> None:
+        self.websocket = websocket
+        self.closing: asyncio.Task[None] | None = None
 
-    def __str__(self) -> str:
-        user = f'user {shown(self.user)}, ' if self.user else ''
-        return f'{self.uuid or "unregistered"} ({shown(self.name)}, {user}at {self.address})'
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can still be exchanged."""
+        return self.closing is None and self.websocket.state is OPEN
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that wait in the transport for the client to read."""
+        return int(self.websocket.transport.get_write_buffer_size())
 
     def write(self, data: bytes) -> None:
-        """Write a text, or nothing if the connection is closed, without waiting."""
+        """Send a text, or do nothing if the connection is not open."""
         from websockets.asyncio.server import broadcast
 
         broadcast((self.websocket,), data.decode())
 
     def close(self, code: int, reason: str) -> None:
-        """Close the connection, without waiting."""
-        self.closing = asyncio.ensure_future(self.websocket.close(code, reason))
+        """Start closing the connection."""
+        if self.closing is None:
+            self.closing = asyncio.ensure_future(self.websocket.close(code, reason))
+
+
+@dataclass(eq=False, repr=False)  # without a repr, asyncio cannot log a client's own text
+class Client:
+    """A connected program: how to reach it and, once it has registered, its name and UUID."""
+
+    name: str
+    uuid: UUID | None
+    websocket: Any  # as `register` and the other methods of RelayServer take it
+    link: Connection | EmbeddedLink
+    credentials: Credentials = NO_CREDENTIALS
+    address: str = 'unknown address'
+    response_type: str = 'server_response'
+    next_allowed: float = 0.0  # monotonic time from which its next message is within the rate
+    registration_order: int = 0  # of several clients that register a UUID, the highest holds it
+    registration_timer: asyncio.TimerHandle | None = None
+    closed: asyncio.Future[None] | None = None  # set while the next holder of its UUID waits
+
+    @property
+    def user(self) -> str:
+        """The user whose token the client showed, '' if the relay has no tokens."""
+        return self.credentials.user
+
+    def __str__(self) -> str:
+        user = f'user {shown(self.user)}, ' if self.user else ''
+        return f'{self.uuid or "unregistered"} ({shown(self.name)}, {user}at {self.address})'
 
 
 class RelayServer:
-    """Registers clients and forwards messages between them.
+    """The registry of clients, and the rules by which they register and reach each other.
 
-    Serve it with `serve` below, or with `websockets.asyncio.server.serve(relay.handler, ...)` and,
-    for tokens, its `process_request=relay.process_request`. Whatever decides is plain code without
-    an `await`: nothing can come between a look-up and what is done with it.
+    `serve` below runs one. To embed it, run `websockets.asyncio.server.serve(relay.handler, ...)`,
+    with `process_request=relay.process_request` where tokens or health checks are wanted.
     """
 
     def __init__(
         self, token_file: str | None = None, max_clients: int | None = None, rate: float = RATE
     ) -> None:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_clients = max_clients or max(1, files - SPARE_FILES)
+        fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_clients = max_clients or max(1, fds - RESERVED_FDS - HANDSHAKE_FDS)
         self._rate = rate
         self._token_file = token_file
         self.tokens = None if token_file is None else read_tokens(token_file)
-        # All connections, and the registry: those that are registered, by user and UUID.
+        # All connected clients, and the registry: registered clients by user and UUID.
         self._websocket_to_client: dict[Any, Client] = {}
         self._uuid_to_client: dict[tuple[str, UUID | None], Client] = {}
-        # For the operator: since when, until when the certificate holds, what happened how often.
-        self.started = time.time()
-        self.expiry: float | None = None
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.refusals = dict.fromkeys(REFUSALS, 0)
-        # Where other relays share the clients.
+        self._registration_order = itertools.count(1)
+        self.listener: Listener | None = None
         self.backplane: Backplane | None = None
-        # By source: when its last refusal was logged, and how many it had in all.
-        self._refusals: dict[Any, tuple[float, int]] = {}
+        # For the operator.
+        self.started = time.time()
+        self.certificate_expiry: float | None = None  # seconds since 1970
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.refusal_counts = dict.fromkeys(REFUSALS, 0)
+        # When each source of refusals was last logged, and how many there were.
+        self.refusal_log: dict[object, tuple[float, int]] = {}
+        # Takeovers by user and UUID since the last reset, which happens every FIGHT_INTERVAL.
+        self._takeovers: Counter[tuple[str, UUID | None]] = Counter()
+        self._takeovers_since = 0.0
+
+    # Connections: opening, reading, closing.
 
     def process_request(self, websocket: Any, request: Request) -> Response | None:
-        """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
-        headers: dict[str, str] = {}
+        """Answer requests that are not WebSocket handshakes or show no valid token."""
+        extra: dict[str, str] = {}
         if request.path == '/healthz':
             status, text = (200, 'ok\n') if websocket.server.is_serving() else (503, 'stopping\n')
         elif 'Upgrade' not in request.headers:
-            status, text, headers = 426, WELCOME, {'Upgrade': 'websocket'}
-        elif user_of(request, self.tokens) is not None:
+            status, text, extra = 426, WELCOME, {'Upgrade': 'websocket'}
+        elif find_credentials(request, self.tokens) is not None:
             return None
         else:
-            address = address_of(websocket.remote_address)
+            address = client_address(websocket.remote_address, request)
             self.log_refusal('unauthorized', 401, address, 'no valid token')
-            status, text, headers = 401, UNWELCOME, {'WWW-Authenticate': 'Bearer realm="relay"'}
+            status, text = 401, TOKEN_REQUIRED
+            extra = {'WWW-Authenticate': 'Bearer realm="relay"'}
         response: Response = websocket.respond(status, text)
-        response.headers.update(headers)
+        response.headers.update(extra)
         return response
 
     async def handler(self, websocket: Any) -> None:
-        """Serve a connection of `websockets.asyncio.server.serve` until it ends."""
-        client, ending = Client('', None, websocket), None
-        _bound_buffers(websocket.transport.get_extra_info('socket'))
-        self.enter(client, websocket.request)
+        """Serve a connection of `websockets.asyncio.server.serve` until it closes."""
+        limit_socket(websocket.transport.get_extra_info('socket'))
+        client, error = Client('', None, websocket, EmbeddedLink(websocket)), None
+        self.on_open(client, websocket.request)
         try:
             while True:
                 text = await websocket.recv()
-                if not client.closing:
-                    waiting = self.receive(client, text)
-                    await (asyncio.wait({waiting}) if waiting else asyncio.sleep(0))
-                    await asyncio.sleep(self.pace(client))
-        except ConnectionClosed as error:
-            ending = error
+                if client.link.is_open:
+                    takeover = self.receive(client, text)
+                    # Without a takeover, let others have their turn.
+                    await (asyncio.wait({takeover}) if takeover else asyncio.sleep(0))
+                    await asyncio.sleep(self.pace(client, len(text)))
+        except ConnectionClosed as closed:
+            error = closed
         finally:
-            self.leave(client, ending)
+            self.on_close(client, error)
 
-    def enter(self, client: Client, request: Request | None) -> None:
-        """Take in a new connection, or close it if it must not or cannot be served."""
-        client.address = address_of(client.websocket.remote_address)
-        user = user_of(request, self.tokens)
-        if user is None or len(self._websocket_to_client) >= self._max_clients:
-            # Not an HTTP error when full: clients end of one, and come back after 1013.
-            code, reason = (1008, 'no valid token') if user is None else (1013, 'no room')
-            kind = 'unauthorized' if user is None else 'full'
+    def on_open(self, client: Client, request: Request | None) -> None:
+        """Admit a new connection, or close it if it has no token or the relay is full."""
+        client.address = client_address(client.websocket.remote_address, request)
+        credentials = find_credentials(request, self.tokens)
+        if credentials is None or len(self._websocket_to_client) >= self._max_clients:
+            # A full relay does not answer with an HTTP error, which would terminate a ProxyStore
+            # endpoint. After a close with 1013, it tries again.
+            kind, code, reason = 'full', 1013, 'the relay is full'
+            if credentials is None:
+                kind, code, reason = 'unauthorized', 1008, 'no valid token'
             self.log_refusal(kind, code, client.address, reason)
-            return client.close(code, reason)
-        client.user = user
+            client.link.close(code, reason)
+            return
+        client.credentials = credentials
         self._websocket_to_client[client.websocket] = client
-        late = f'no registration within {REGISTER_TIMEOUT} s'
-        loop = asyncio.get_running_loop()
-        client.deadline = loop.call_later(REGISTER_TIMEOUT, self._close, client, 1008, late)
+        self.start_registration_timer(client, REGISTER_TIMEOUT)
 
-    def leave(self, client: Client, error: ConnectionClosed | None) -> None:
-        """Have nothing left of a client whose connection has ended, in the way the error tells."""
+    def start_registration_timer(self, client: Client, seconds: float) -> None:
+        """Close a client with 1008 unless it registers in time."""
+        reason = f'not registered within {REGISTER_TIMEOUT} s'
+        loop = asyncio.get_running_loop()
+        client.registration_timer = loop.call_later(seconds, self._close, client, 1008, reason)
+
+    def on_close(self, client: Client, error: ConnectionClosed | None) -> None:
+        """Clean up after a closed connection. The error tells how it was closed."""
         if self._websocket_to_client.pop(client.websocket, None) is None:
             return
-        reason = 'the relay has stopped' if error is None else self._ending(client, error)
-        self._remove(client, reason)
-        self._refusals.pop(client, None)
-        if client.gone is not None:
-            client.gone.cancel()
+        reason = 'the relay stopped' if error is None else self._describe_close(client, error)
+        self._unregister(client, reason)
+        self.refusal_log.pop(client, None)
+        if client.closed is not None:
+            client.closed.cancel()
 
-    def _ending(self, client: Client, error: ConnectionClosed) -> str:
-        """Return how a connection ended, for the log; log it at once if it was refused."""
+    def _describe_close(self, client: Client, error: ConnectionClosed) -> str:
+        """Return how a connection was closed, for the log. Counts it if it is a refusal."""
         if error.sent is None or error.rcvd_then_sent:
             if error.rcvd is None:
                 return 'connection lost'
             reason = f': {shown(error.rcvd.reason)}' if error.rcvd.reason else ''
-            return f'closed with {error.rcvd.code}{reason}'
+            return f'closed by the client with {error.rcvd.code}{reason}'
         code, reason = error.sent.code, error.sent.reason
-        late = 'unauthorized' if client.uuid else 'never_registered'
-        kinds = {1002: 'malformed', 1007: 'malformed', 1008: late, 1009: 'too_large'}
-        if code in kinds:
-            self.log_refusal(kinds[code], client.uuid and client, client, f'{reason} ({code})')
-        # The other reason for 1011 is a defect of ours.
-        self.counts['pings_given_up'] += code == 1011 and 'ping' in reason
+        kind = {1002: 'malformed', 1007: 'malformed', 1009: 'too_large'}.get(code)
+        if code == 1008 and client.uuid is None:
+            kind = 'never_registered'
+        elif code == 1008:
+            kind = 'unauthorized'
+        if reason.startswith(INCOMPLETE):
+            kind = 'incomplete'
+        if kind is not None:
+            self.log_refusal(kind, client.uuid and client, client, f'{reason} ({code})')
+        if reason == PING_TIMEOUT:
+            self.counts['pings_unanswered'] += 1
         return f'closed by the relay with {code}' + (f': {reason}' if reason else '')
 
-    def pace(self, client: Client) -> float:
-        """Return the seconds that a client has to wait with its next message."""
+    def pace(self, client: Client, size: int) -> float:
+        """Return how many seconds a client's next message must wait after one of this size."""
         if not self._rate:
             return 0
         now = time.monotonic()
-        client.due = max(client.due, now - BURST) + 1 / self._rate
-        self.refusals['rate_paced'] += client.due > now
-        return max(0, client.due - now)
+        cost = (1 + max(0, size - 1) // RATE_UNIT) / self._rate
+        client.next_allowed = max(client.next_allowed, now - BURST) + cost
+        if client.next_allowed <= now:
+            return 0
+        self.refusal_counts['rate_paced'] += 1
+        return client.next_allowed - now
 
     def receive(self, client: Client, text: str | bytes) -> asyncio.Future[None] | None:
-        """Deal with a client's message; return what the next one has to wait for, if anything."""
+        """Handle one message. Return a future if reading must pause until it is done."""
         try:
             message = decode(text)
         except MessageDecodeError as error:
@@ -459,16 +702,18 @@ class RelayServer:
         if isinstance(message, ServerRegistration):
             return self._register(client, message)
         if isinstance(message, PeerConnection):
-            self._connect(client, message, str(text))
+            self._connect(client, message, text)
         else:
-            self._refuse(client, 'a response is for the relay to send')
+            self._refuse(client, 'only the relay sends responses')
         return None
 
+    # Registrations.
+
     async def register(self, websocket: Any, request: ServerRegistration) -> None:
-        """Register a client and answer it, displacing whoever holds its UUID."""
-        waiting = self._register(self._websocket_to_client[websocket], request)
-        if waiting is not None:
-            await asyncio.wait({waiting})
+        """Register a client and answer it. Displaces the client that holds the UUID, if any."""
+        takeover = self._register(self._websocket_to_client[websocket], request)
+        if takeover is not None:
+            await asyncio.wait({takeover})
 
     def _register(
         self, client: Client, request: ServerRegistration
@@ -478,421 +723,804 @@ class RelayServer:
             self._send(client, ServerResponse(message_type=client.response_type))
         elif client.uuid is not None:
             self._refuse(client, f'this connection is already registered as {client.uuid}')
-        elif holder is None:
-            self._admit(client, request)
         else:
-            loop = asyncio.get_running_loop()
-            holder.gone = loop.create_future()
-            holder.gone.add_done_callback(lambda _: self._admit(client, request))
-            loop.call_later(TAKEOVER_WAIT, holder.gone.cancel)
-            self.displace(holder)
-            return holder.gone
+            client.registration_order = next(self._registration_order)
+            if holder is not None:
+                return self._take_over(holder, client, request)
+            self._admit(client, request)
         return None
 
+    def _take_over(
+        self, holder: Client, client: Client, request: ServerRegistration
+    ) -> asyncio.Future[None]:
+        """Displace the holder of a UUID, and register the client once the holder has closed.
+
+        Only for TAKEOVER_TIMEOUT: the holder may be dead. The result is done at the same time.
+        """
+        loop = asyncio.get_running_loop()
+        holder.closed = loop.create_future()
+        holder.closed.add_done_callback(lambda _: self._admit(client, request))
+        loop.call_later(TAKEOVER_TIMEOUT, holder.closed.cancel)
+        self.displace(holder, client.address)
+        return holder.closed
+
     def _admit(self, client: Client, request: ServerRegistration) -> None:
-        if client.websocket.state is not OPEN:
-            return
-        # Whoever has taken the UUID meanwhile is displaced as well.
+        """Put a client into the registry and answer it, in one step.
+
+        While client B waited for A to close, C may have registered the same UUID. Whoever asked
+        last holds it in the end, so B may have to displace C, or be displaced by it.
+        """
         key = (client.user, request.uuid)
-        if key in self._uuid_to_client:
-            self.displace(self._uuid_to_client[key])
-        if client.deadline is not None:
-            client.deadline.cancel()
-            client.deadline = None
-        client.name, client.uuid = request.name, request.uuid
+        holder = self._uuid_to_client.get(key)
+        if not client.link.is_open:
+            return
+        if holder is not None and holder.registration_order > client.registration_order:
+            client.response_type = request.message_type.replace('registration', 'response')
+            self.displace(client, holder.address)
+            return
+        if holder is not None:
+            self.displace(holder, client.address)
+        if client.registration_timer is not None:
+            client.registration_timer.cancel()
+            client.registration_timer = None
+        # A name can be as long as a message: keep what the log shows of it.
+        client.name, client.uuid = request.name[: MAX_SHOWN + 1], request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
         self._uuid_to_client[key] = client
         self.counts['registrations'] += 1
         if self.backplane is not None:
             self.backplane.announce(client)
-        # Nothing is forwarded to it before this.
+        # The client is in the registry now, but nothing can be forwarded to it before this.
         self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
-    def displace(self, client: Client) -> None:
-        """Close a client whose UUID has registered anew."""
+    def displace(self, client: Client, by: str) -> None:
+        """Close a client because its UUID was registered again, `by` a client at that address."""
         self.counts['displaced_registrations'] += 1
-        self._close(client, 4004 if client.response_type == 'relay_response' else 1001, DISPLACED)
+        now = time.monotonic()
+        if (
+            now - self._takeovers_since > FIGHT_INTERVAL
+            or len(self._takeovers) > WATCHED_TAKEOVERS
+        ):
+            self._takeovers.clear()
+            self._takeovers_since = now
+        self._takeovers[client.user, client.uuid] += 1
+        if self._takeovers[client.user, client.uuid] == FIGHT:
+            logger.warning(
+                '%s is registered again and again, by %s and %s; two endpoints probably share one '
+                'configuration: give one of them a new UUID',
+                *(client.uuid, client.address, by),
+            )
+        code = 4004 if client.response_type == 'relay_response' else 1001
+        self._close(client, code, DISPLACED)
 
     def _close(self, client: Client, code: int, reason: str) -> None:
-        """Remove a registration at once, and close its connection."""
-        self._remove(client, f'closed by the relay with {code}: {reason}')
-        client.close(code, reason)
+        """Remove a registration at once, and start closing its connection."""
+        self._unregister(client, f'closed by the relay with {code}: {reason}')
+        client.link.close(code, reason)
 
     async def unregister(self, websocket: Any, expected: bool) -> None:
-        """Remove a registration and close its connection: with 1000, or as displaced."""
+        """Remove a registration and close its connection, with 1000 or as displaced."""
         client = self._websocket_to_client.get(websocket)
-        if client is not None:
-            self._close(client, 1000, '') if expected else self.displace(client)
+        if client is not None and expected:
+            self._close(client, 1000, '')
+        elif client is not None:
+            self.displace(client, 'the relay itself')
 
-    def _remove(self, client: Client, reason: str) -> None:
-        if client.deadline is not None:
-            client.deadline.cancel()
-        # The UUID may never have been this connection's, or have become another's.
+    def _unregister(self, client: Client, reason: str) -> None:
+        if client.registration_timer is not None:
+            client.registration_timer.cancel()
+            client.registration_timer = None
+        # The UUID may never have been registered, or may have a new holder already.
         if self._uuid_to_client.get((client.user, client.uuid)) is client:
             del self._uuid_to_client[client.user, client.uuid]
             if self.backplane is not None:
                 self.backplane.withdraw(client)
             logger.info('Unregistered %s: %s', client, reason)
 
+    # Messages.
+
     async def connect(self, websocket: Any, message: PeerConnection) -> None:
-        """Forward a message, or send it back with an error."""
+        """Forward a message to its peer, or return it to its sender with an error."""
         self._connect(self._websocket_to_client[websocket], message, encode(message))
 
-    def _connect(self, client: Client, message: PeerConnection, text: str) -> None:
+    def _connect(self, client: Client, message: PeerConnection, text: str | bytes) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        kind: str | None
         if client.uuid is None:
-            return self._refuse(client, 'client has not registered yet')
+            self._refuse(client, 'client has not registered yet')
+            return
         if message.source_uuid != client.uuid:
-            kind: str | None = 'forged_source'
+            kind = 'forged_source'
         elif self.backplane is None:
-            kind = self.deliver(client.user, message.peer_uuid, text.encode())
+            kind = self.deliver(client.user, message.peer_uuid, data)
         else:
-            kind = self.backplane.forward(client, message, text.encode())
+            kind = self.backplane.forward(client, message, data)
         if kind is not None:
             self.send_back(client, message, kind)
 
     def send_back(self, client: Client, message: PeerConnection, kind: str) -> None:
-        """Send a message back with its error, which is one of UNFORWARDED."""
-        reason = UNFORWARDED[kind]
+        """Return a message to its sender with an error, one of FORWARD_ERRORS."""
+        reason = FORWARD_ERRORS[kind]
         self.log_refusal(kind, client, client, f'message to {message.peer_uuid}: {reason}')
         error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
         answer = replace(message, error=f'{error}because {reason}.')
-        # With the error, and escapes for what is not ASCII, it may be too long for its sender.
-        if len(encode(answer)) > MAX_MESSAGE:
-            answer = replace(answer, source_name='', description_type='', description='')
-        self._send(client, answer)
+        text = encode(answer)
+        if len(text) > MAX_MESSAGE:  # by the error and the escapes of characters beyond ASCII
+            text = encode(replace(answer, source_name='', description_type='', description=''))
+        client.link.write(text.encode())
 
     def deliver(self, user: str, uuid: UUID, data: bytes) -> str | None:
-        """Write a text to a peer that is here, or return which of UNFORWARDED it is."""
+        """Send a text to a registered client. Return one of FORWARD_ERRORS if that fails."""
         peer = self._uuid_to_client.get((user, uuid))
-        # A connection that is being closed, or lost, would lose the message without a word.
-        if peer is None or peer.websocket.state is not OPEN:
+        # A connection that is closing would lose the message.
+        if peer is None or not peer.link.is_open:
             return 'unknown_peer'
-        try:
-            backlog = peer.pending + peer.websocket.transport.get_write_buffer_size()
-        except AttributeError:  # so a TLS connection is lost in Python 3.9 and 3.10
-            return 'unknown_peer'
+        backlog = peer.link.unsent_bytes
         if backlog and backlog + len(data) > MAX_BACKLOG:
             return 'backlog'
-        peer.write(data)
+        peer.link.write(data)
         self.counts['forwarded_messages'] += 1
         self.counts['forwarded_bytes'] += len(data)
         logger.debug('Forwarded to %s', uuid)
         return None
 
     async def send(self, websocket: Any, message: Message) -> None:
-        """Send a message to a connection, or nothing if it is closed."""
+        """Send a message to a connection, or do nothing if it is closed."""
         self._send(self._websocket_to_client[websocket], message)
 
     def _send(self, client: Client, message: Message) -> None:
-        client.write(encode(message).encode())
+        client.link.write(encode(message).encode())
 
     def _refuse(self, client: Client, reason: str) -> None:
-        """Answer what is not a message, or not in its place, with the reason."""
-        # One source for all that are not registered: they come as often as they like.
+        """Answer a text that is not a valid message, or not allowed now, with the reason."""
+        # Unregistered clients share one source: they can reconnect as often as they like.
         self.log_refusal('malformed', client.uuid and client, client, reason)
         self._send(client, ServerResponse(False, reason, True, client.response_type))
 
-    def log_refusal(self, kind: str, source: Any, who: Any, reason: str) -> None:
-        """Count a refusal, and log it unless its source had one logged lately."""
-        self.refusals[kind] += 1
-        logged, count = self._refusals.get(source, (float('-inf'), 0))
+    # Operations.
+
+    def log_refusal(self, kind: str, source: object, who: object, reason: str) -> None:
+        """Count a refusal, and log it unless its source was logged within REFUSAL_INTERVAL."""
+        self.refusal_counts[kind] += 1
+        logged, count = self.refusal_log.get(source, (float('-inf'), 0))
         now = time.monotonic()
         if now - logged >= REFUSAL_INTERVAL:
             logged = now
-            logger.warning('Refused %s: %s (%d times so far)', who, reason, count + 1)
-        self._refusals[source] = (logged, count + 1)
-
-    def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log in one line that newcomers have to wait until there are files for them again."""
-        error = context.get('exception')
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self.log_refusal('full', errno.EMFILE, 'newcomers for a second', error.strerror or '')
-        else:
-            loop.default_exception_handler(context)
+            logger.warning('Refused %s: %s (%d refusals so far)', who, reason, count + 1)
+        self.refusal_log[source] = (logged, count + 1)
 
     def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
-        """Read tokens and certificate again, both or neither; close clients whose user is gone."""
+        """Read tokens and certificate again, both or neither. Close clients without a token."""
         notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
             tokens = self._token_file and read_tokens(self._token_file)
             if tls is not None:
-                # A pair that does not match would leave the context in use with neither.
-                _tls(certfile, keyfile)
-                tls.load_cert_chain(certfile, keyfile, password=str)
-                self.expiry = expiry_of(certfile)
+                # A key that does not match would break the context in use: try another first.
+                tls_context(certfile, keyfile)
+                tls.load_cert_chain(certfile, keyfile, password=no_password)
+                self.certificate_expiry = expiry_of(certfile)
         except (StartError, OSError) as error:
-            logger.error('Reloaded nothing: %s', error)
+            logger.error('Reload failed, keeping the old configuration: %s', error)
             return
         finally:
             notify('READY=1')
         if tokens:
             self.tokens = tokens
-            users = set(tokens.values())
-            for client in self._websocket_to_client.values():
-                if client.user not in users:
-                    self._close(client, 1008, 'no valid token')
+            for client in list(self._websocket_to_client.values()):
+                if tokens.get(client.credentials.token_hash) != client.user:
+                    self._close(client, 1008, 'the token was revoked')
         logger.info('Reloaded')
 
 
-def address_of(address: Any) -> str:
-    """Return the address of a socket in one word."""
-    if not isinstance(address, tuple):
-        return 'unknown address'
-    return f'[{address[0]}]:{address[1]}' if ':' in address[0] else f'{address[0]}:{address[1]}'
+def limit_socket(sock: Any) -> None:
+    """Bound what the kernel buffers for a connection, and drop it when its peer stops reading.
 
-
-def _bound_buffers(sock: Any) -> None:
-    """Have the kernel end a connection whose peer has stopped reading, and read little ahead."""
+    Set on a listening socket, it holds for each accepted connection.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-    if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_TIMEOUT)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, 'TCP_USER_TIMEOUT'):  # not on macOS
+            option, milliseconds = socket.TCP_USER_TIMEOUT, 1000 * STALL_TIMEOUT
+            sock.setsockopt(socket.IPPROTO_TCP, option, milliseconds)
 
 
 # ------------------------------------------------------------------------------- Connection
+#
+# From bytes to messages and back: TCP, TLS, the handshake, frames, pausing and keepalive.
+#
+#     socket -> (TLS) -> input -> next whole request or frame -> protocol -> relay
+#     socket <- (TLS) <- output <------------------------------- protocol <- relay
+#
+# The sockets are read and written here rather than by asyncio's transports, which hide how much
+# waits to be written and cannot be handed over to another process. `protocol` is websockets'
+# implementation of RFC 6455 without I/O. It only gets whole requests and frames, so that
+# whatever is not whole is in `input`, where it is counted and can be refused or handed over.
+#
+# The life of a connection, by the state of its protocol:
+#
+#     CONNECTING   TLS and HTTP handshake. After open_timeout, it is dropped.
+#     OPEN         Frames are read, unless reading is paused.
+#     CLOSING      A close frame was sent or a request refused. Frames are still read until the
+#                  client's close frame, but messages are ignored. When nothing more will be sent,
+#                  the connection is `finished`: input is discarded. After close_timeout, it is
+#                  dropped.
+#     CLOSED       The socket is closed and the client unregistered.
+#
+# Reading is paused for these reasons. A paused connection still receives up to RECEIVE_BUFFER
+# bytes, and notices its end. What it received before its end is processed when reading resumes.
+
+RATE_LIMIT = 'rate limit'  # until the client's next message is within the rate (a timer)
+TAKEOVER = 'takeover'  # until the previous holder of its UUID has closed (a future)
+UNREAD = 'unread output'  # until the client has read most of its output (_on_writable)
+TURN = 'turn'  # until its long message may be decoded (Listener.request_turn)
+SLICE_USED = 'slice used'  # until the next turn of the event loop
+NOT_PAUSED: frozenset[str] = frozenset()
+
+PING_TIMEOUT = 'keepalive ping timeout'
+INCOMPLETE = f'message not complete within {MESSAGE_TIMEOUT} s'
 
 
-class Connection(Client, asyncio.BufferedProtocol):
-    """A client served by `serve`: websockets' sans-I/O protocol between transport and relay.
+class TlsSession:
+    """The TLS of one connection: OpenSSL between two memory buffers.
 
-    What comes is dealt with as it comes. While the client has to wait, for its rate, for a UUID or
-    for the answers it has not read, what has come is held and nothing more is read.
+    asyncio's own TLS takes 287 KiB for each client from Python 3.11 on (this: about 21), and
+    loses received data when a client sends and closes at once.
     """
 
-    transport: asyncio.Transport
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
+        self.established = False
+        self.ended = False  # by the client, or by an error
 
-    def __init__(self, server: Listener) -> None:
-        super().__init__('', None, self)
-        self.server, self.relay = server, server.relay
-        origins, max_size = server.limits['origins'], server.limits['max_size']
-        self.protocol = ServerProtocol(origins=origins, max_size=max_size)
-        # What has come and is held, its frames the last first; the fragments of a message.
-        self.input, self.events, self.parts = b'', list[Any](), list[Frame]()
-        self.held = self.pongs = 0
-        self.opened = self.ending = False
-        self.heard = self.pinged = time.monotonic()
+    def decrypt(self, data: memoryview, plain: bytearray) -> None:
+        """Append what received data means to `plain`. An answer may have to be sent after it."""
+        # In pieces: the buffers between OpenSSL and Python never shrink.
+        for start in range(0, len(data), TLS_RECORD // 4):
+            self.incoming.write(data[start : start + TLS_RECORD // 4])
+            try:
+                if not self.established:
+                    self.session.do_handshake()
+                    self.established = True
+                while chunk := self.session.read(TLS_RECORD):
+                    plain += chunk
+                self.ended = True
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLError:
+                self.ended = True
+            return
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return what to send for some data. Raises ssl.SSLError after an error."""
+        records = []
+        for start in range(0, len(data), TLS_RECORD):
+            self.session.write(data[start : start + TLS_RECORD])
+            records.append(self.outgoing.read())
+        return b''.join(records)
+
+    def end(self) -> bytes:
+        """Return what to send when there is no more data."""
+        with contextlib.suppress(ssl.SSLError):
+            self.session.unwrap()
+        return self.outgoing.read()
+
+
+# A websockets protocol and its parser refer to each other, so that they would wait for the garbage
+# collector. A closed connection drops both and has this, which does nothing, in their place.
+CLOSED_PROTOCOL = ServerProtocol(state=State.CLOSED)
+CLOSED_PROTOCOL.receive_eof()
+CLOSED_PROTOCOL.data_to_send()
+
+
+def frame_size(data: bytearray) -> tuple[int, int]:
+    """Return how many bytes to give to the protocol next, and the length of their payload.
+
+    That is a whole frame, whose header is 2 to 14 bytes long (RFC 6455, section 5.2). Two bytes
+    are enough where the protocol refuses them: an unknown opcode, or no mask.
+    """
+    if len(data) < 2 or data[0] & 0x0F not in OPCODES or not data[1] & 0x80:
+        return 2, 0
+    length, header = data[1] & 0x7F, 6
+    if length > 125:
+        header = 8 if length == 126 else 14
+        if len(data) < header:
+            return header, 0
+        length = int.from_bytes(data[2 : header - 4], 'big')
+    return header + length, length
+
+
+class Connection:
+    """The connection of one client. All of it does nothing once the connection is closed."""
+
+    def __init__(self, server: Listener, sock: socket.socket, address: Any) -> None:
+        limits = server.limits
+        self.server, self.relay, self.loop = server, server.relay, server.loop
+        self.sock, self.remote_address = sock, address
+        self.protocol = ServerProtocol(origins=limits.origins, max_size=limits.max_size)
+        self.tls = TlsSession(server.tls) if server.tls is not None else None
+        self.client = Client('', None, self, self)
+        self.input, self.output = bytearray(), bytearray()
+        self.fragments = bytearray()  # of a message whose last frame is still to come
+        self.opcode = TEXT  # of that message
+        self.unflushed_bytes = 0  # in the protocol, until the end of this turn of the loop
+        self.counted_bytes = 0  # in the listener's total
+        self.paused_for = NOT_PAUSED
+        self.has_turn = False  # and may process one long message
+        self.eof = False  # everything the client sent was received
+        self.opened = False  # by a handshake
+        self.finished = False  # everything for the client was sent, or is in `output`
+        self.rate_timer: asyncio.TimerHandle | None = None
+        self.last_heard = self.last_pinged = time.monotonic()
+        self.deadline = self.loop.call_later(limits.open_timeout, self.abort)
+        server.connections[self] = server.handshakes[self] = None
+        self.loop.add_reader(sock, self._on_readable)
+
+    # What the relay uses.
 
     @property
-    def state(self) -> State:
-        return self.protocol.state
+    def is_open(self) -> bool:
+        """Whether messages can still be exchanged."""
+        return self.protocol.state is OPEN
 
-    def respond(self, status: int, text: str) -> Response:
-        """Return an answer to a request that is not to be accepted."""
-        return self.protocol.reject(status, text)
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        transport.set_write_buffer_limits(MAX_BACKLOG)
-        self.remote_address = transport.get_extra_info('peername')
-        self.server.connections[self] = None
-        self.timer = self._later('open_timeout')
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Return where to put what comes: one place for all, since it is dealt with at once."""
-        return self.server.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.input += self.server.buffer[:nbytes]
-        # A TLS hello, which the protocol would take for the beginning of a line.
-        if not self.opened and self.input.startswith(b'\x16'):
-            return self.transport.abort()
-        self.heard = time.monotonic()
-        # To the end: the least recently heard come first.
-        self.server.connections.move_to_end(self)
-        self._deal()
-
-    def eof_received(self) -> None:
-        self.protocol.receive_eof()
-        # TLS may end while there is input that is held.
-        self.input = b''
-        self.flush()
-        # What is still to be written may never be read.
-        self._end()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.timer.cancel()
-        self.input, self.events = b'', []
-        self.protocol.receive_eof()
-        self.server.forget(self)
-        self.relay.leave(self, self.protocol.close_exc)
-        if not self.opened:
-            logger.debug('No handshake from %s', address_of(self.remote_address))
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that were written and wait for the client to read."""
+        return len(self.output) + self.unflushed_bytes
 
     def write(self, data: bytes) -> None:
+        """Send a text, or do nothing if the connection is not open."""
         if self.protocol.state is OPEN:
             self.protocol.send_text(data)
-            if not self.pending:
+            # Sent at the end of this turn, together with what else is written to this client.
+            if not self.unflushed_bytes:
                 self.server.flush_soon(self)
-            self.pending += len(data)
+            self.unflushed_bytes += len(data)
 
     def close(self, code: int, reason: str) -> None:
-        self.closing = True
-        if self.state is OPEN:
+        """Send a close frame, or soon drop the connection if the handshake is not complete."""
+        if self.protocol.state is CONNECTING:
+            self._start_deadline(STOP_HANDSHAKE)
+        elif self.protocol.state is OPEN:
             self.protocol.send_close(code, reason)
             self.flush()
-        # It is to be heard when it answers that.
-        self.held = 0
-        self._release()
+            self._start_deadline(self.server.limits.close_timeout)
+            # The client's own close frame must not wait for its rate.
+            self._resume(RATE_LIMIT)
 
-    def keep_alive(self, now: float) -> None:
-        """Ping a client that has not been heard for long, or give it up."""
-        if self.held or self.state is not OPEN:
-            return
-        if self.pinged <= self.heard:
-            self.pinged = now
-            self.protocol.send_ping(b'')
-        elif now - self.pinged > self.server.limits['ping_timeout']:
-            self.protocol.fail(1011, 'keepalive ping timeout')
-        self.flush()
-
-    def _later(self, limit: str) -> asyncio.TimerHandle:
-        return self.server.loop.call_later(self.server.limits[limit], self.transport.abort)
-
-    def _hold(self) -> None:
-        self.held += 1
-        self.transport.pause_reading()
-
-    def _release(self, _: Any = None) -> None:
-        self.held = max(0, self.held - 1)
-        if not self.held:
-            with contextlib.suppress(AttributeError):  # as in deliver
-                self.transport.resume_reading()
-            self._deal()
-
-    # Of a client that does not read, no more is read.
-    pause_writing, resume_writing = _hold, _release
-
-    def _deal(self) -> None:
-        while not self.held and (self.events or self.input):
-            if self.events:
-                self._take(self.events.pop())
-                continue
-            # In pieces: many pings would cost much at once, many messages much memory. A request
-            # to its end, which may have begun: what follows is a frame only once it is accepted.
-            size = MAX_PONGS
-            if not (self.opened or self.ending):
-                line, end = self.input.find(b'\n') + 1, self.input.find(b'\r\n\r\n')
-                size = end + 4 if line > 2 and end > 0 else line or MAX_PONGS
-            piece, self.input = self.input[:size], self.input[size:]
-            self.protocol.receive_data(piece)
-            self.events = self.protocol.events_received()[::-1]
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what the protocol has to say."""
-        self.pending = 0
-        writes = self.protocol.data_to_send()
-        if any(writes):
-            self.transport.write(b''.join(writes))
-        if b'' in writes:  # for the end
-            if self.transport.can_write_eof():
-                with contextlib.suppress(OSError):  # the client has reset the connection
-                    self.transport.write_eof()
-            else:
-                self.transport.close()
-        if self.protocol.close_expected():
-            self._end()
-
-    def _end(self) -> None:
-        if not self.ending:
-            self.ending = True
-            self.timer.cancel()
-            self.timer = self._later('close_timeout')
-
-    def _take(self, event: Any) -> None:
-        if isinstance(event, Request):
-            return self._open(event)
-        if event.opcode is PING:
-            # It is answered whether that is read or not.
-            unread = self.transport.get_write_buffer_size()
-            self.pongs = self.pongs + 2 + len(event.data) if unread else 0
-            if self.pongs > MAX_PONGS:
-                return self.transport.abort()
-        if self.closing or event.opcode is CLOSE:
-            return
-        if event.opcode is not PING and event.opcode is not PONG:
-            self._put_together(event)
-        wait = self.relay.pace(self)
-        if wait:
-            self._hold()
-            self.server.loop.call_later(wait, self._release)
-
-    def _open(self, request: Request) -> None:
-        response = self.server.answer(self, request)
-        if response is None and not self.server.is_serving():
-            response = self.respond(503, 'stopping\n')
-        response = response or self.protocol.accept(request)
-        self.protocol.send_response(response)
-        self.flush()
-        if self.state is OPEN:
-            self.opened = True
-            self.timer.cancel()
-            self.relay.enter(self, request)
-            request.headers.clear()  # the protocol keeps the request
-        elif response.status_code == 403:
-            who = address_of(self.remote_address)
-            reason = f'no page of {shown(request.headers.get("Origin", ""))} may connect'
-            self.relay.log_refusal('unauthorized', 403, who, reason)
-
-    def _put_together(self, frame: Frame) -> None:
-        """Have the relay deal with a message once its last fragment has come."""
-        self.parts.append(frame)
-        # In fragments of a byte each, one message could take 200 MB.
-        if len(self.parts) > MAX_FRAGMENTS:
-            return self._fail(1009, f'more than {MAX_FRAGMENTS} fragments')
-        if not frame.fin:
-            return
-        parts, self.parts = self.parts, []
-        data = bytes(frame.data) if len(parts) == 1 else b''.join([part.data for part in parts])
-        try:
-            text = data.decode() if parts[0].opcode is TEXT else data
-            waiting = self.relay.receive(self, text)
-            if waiting is not None:
-                self._hold()
-                waiting.add_done_callback(self._release)
-        except UnicodeDecodeError as error:
-            self._fail(1007, f'{error.reason} at position {error.start}')
-        except Exception:
-            logger.exception('A defect of the relay, met by %s', self)
-            self._fail(1011, '')
-
-    def _fail(self, code: int, reason: str) -> None:
-        self.closing = True
+    def fail(self, code: int, reason: str) -> None:
+        """Send a close frame, and ignore what else the client sends."""
         self.protocol.fail(code, reason)
         self.flush()
 
+    def respond(self, status: int, text: str) -> Response:
+        """Return a response that refuses a request."""
+        return self.protocol.reject(status, text)
+
+    # Receiving.
+
+    def _on_readable(self) -> None:
+        try:
+            count = self.sock.recv_into(self.server.buffer)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        self.last_heard = time.monotonic()
+        self.server.connections.move_to_end(self)  # those not heard for long stay in front
+        if not count:
+            self._on_eof()
+        elif not self.finished:
+            self._receive(self.server.buffer[:count])
+
+    def _receive(self, data: memoryview) -> None:
+        if self.tls is None:
+            self.input += data
+        else:
+            self.tls.decrypt(data, self.input)
+            self._send(self.tls.outgoing.read())
+            if self.tls.ended:
+                self._on_eof()
+                return
+        self._process_input()
+
+    def _on_eof(self) -> None:
+        self.eof = True
+        self.loop.remove_reader(self.sock)
+        self.server.not_reading.pop(self, None)
+        self._process_input()
+
+    def _process_input(self) -> None:
+        """Process whole requests and frames until the rest is not whole, or reading pauses."""
+        budget = SLICE
+        while self.input and not self.paused_for:
+            size = self._next_size()
+            if size == 0 or size > len(self.input):
+                break
+            if size + len(self.fragments) > LONG_MESSAGE and not self.has_turn:
+                self._pause(TURN)
+                self.server.request_turn(self)
+            elif budget <= 0:
+                self._pause(SLICE_USED)
+                self.loop.call_soon(self._resume, SLICE_USED)
+            else:
+                self._process(size)
+                self.has_turn = False
+                budget -= max(size, SLICE_MINIMUM)
+        self._count_bytes()
+        self._control_reading()
+        if self.paused_for:
+            return
+        if self.eof:
+            self._on_end_of_input()
+        elif (self.input or self.fragments) and self.is_open:
+            self.server.incomplete.setdefault(self, time.monotonic())
+
+    def _control_reading(self) -> None:
+        """Stop reading while the connection is paused with a full input."""
+        full = bool(self.paused_for) and len(self.input) > RECEIVE_BUFFER
+        if full and not self.eof and self not in self.server.not_reading:
+            self.loop.remove_reader(self.sock)
+            self.server.not_reading[self] = None
+        elif not full and self.server.not_reading.pop(self, self) is None:
+            self.loop.add_reader(self.sock, self._on_readable)
+
+    def _next_size(self) -> int:
+        """Return the size of the request or frame that the input begins with, 0 if unknown."""
+        if self.protocol.state is CONNECTING:
+            end = self.input.find(b'\r\n\r\n') + 4
+            if end > 3:
+                return end
+            if self.input[0] == TLS_HELLO:
+                self.abort()
+            elif len(self.input) > MAX_UNREGISTERED:
+                self._answer(self.respond(431, 'The request is too long.\n'))
+            return 0
+        size, length = frame_size(self.input)
+        limit = self.server.limits.max_size
+        if self.client.uuid is None:
+            limit = min(limit, MAX_UNREGISTERED)
+        if length + len(self.fragments) > limit:
+            self.fail(1009, f'message longer than {limit} bytes')
+            return 0
+        return size
+
+    def _process(self, size: int) -> None:
+        data = self.input[:size]
+        del self.input[:size]
+        connecting = self.protocol.state is CONNECTING
+        self.protocol.receive_data(data)
+        events = self.protocol.events_received()
+        if connecting and not events:
+            self._refuse_request()
+        for event in events:
+            if isinstance(event, Request):
+                self._on_request(event)
+            elif isinstance(event, Frame) and self.is_open:
+                self._on_frame(event)
+        self.flush()
+        if not self.fragments:
+            self.server.incomplete.pop(self, None)
+
+    def _on_request(self, request: Request) -> None:
+        response = self.server.answer(self, request)
+        if response is None and not self.server.is_serving():
+            response = self.respond(503, 'stopping\n')
+        if response is None:
+            response = self.protocol.accept(request)
+        self._answer(response)
+        if self.is_open:
+            self.opened = True
+            self.server.handshakes.pop(self)
+            self.deadline.cancel()
+            self.relay.on_open(self.client, request)
+            request.headers.clear()  # the protocol keeps a reference to the request
+        elif response.status_code == 403:
+            address = client_address(self.remote_address, request)
+            reason = f'origin {shown(request.headers.get("Origin", ""))} is not allowed'
+            self.relay.log_refusal('unauthorized', 403, address, reason)
+
+    def _refuse_request(self) -> None:
+        # To a request that it cannot parse, websockets gives no answer but the end of the stream.
+        answer = b''.join(self.protocol.data_to_send())
+        if not answer:
+            error = self.protocol.handshake_exc
+            reason = shown(str(error.__cause__ or error)) if error is not None else ''
+            answer = self.respond(400, f'Bad request: {reason}\n').serialize()
+        self._write(answer)
+        self._finish()
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.opcode in (TEXT, BINARY, CONT):
+            self._on_data(frame)
+        wait = self.relay.pace(self.client, len(frame.data))
+        if wait > 0:
+            self._pause(RATE_LIMIT)
+            self.rate_timer = self.loop.call_later(wait, self._resume, RATE_LIMIT)
+
+    def _on_data(self, frame: Frame) -> None:
+        """Give a message to the relay when its last frame is here."""
+        if frame.opcode is not CONT:
+            self.opcode = frame.opcode
+        data = bytes(frame.data)
+        if self.fragments or not frame.fin:
+            self.fragments += data
+            if not frame.fin:
+                return
+            data, self.fragments = bytes(self.fragments), bytearray()
+        try:
+            text = data.decode() if self.opcode is TEXT else data
+            takeover = self.relay.receive(self.client, text)
+            if takeover is not None:
+                self._pause(TAKEOVER)
+                takeover.add_done_callback(lambda _: self._resume(TAKEOVER))
+        except UnicodeDecodeError as error:
+            self.fail(1007, f'{error.reason} at position {error.start}')
+        except Exception:
+            logger.exception('Internal error while serving %s', self.client)
+            self.fail(1011, 'internal error')
+
+    # Pausing.
+
+    def _pause(self, reason: str) -> None:
+        self.paused_for |= {reason}
+
+    def _resume(self, reason: str) -> None:
+        if reason in self.paused_for:
+            self.paused_for -= {reason}
+            if not self.paused_for:
+                self._process_input()
+
+    def take_turn(self) -> None:
+        """Process the long message that waited for its turn."""
+        self.has_turn = True
+        self._resume(TURN)
+        self.has_turn = False
+
+    # Sending.
+
+    def flush(self) -> None:
+        """Send what the protocol has to send."""
+        self.unflushed_bytes = 0
+        writes = self.protocol.data_to_send()
+        if writes:
+            self._write(b''.join(writes))
+        if b'' in writes:  # the end of the stream
+            self._finish()
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._send(self.tls.encrypt(data) if self.tls is not None else data)
+        except ssl.SSLError:
+            self.loop.call_soon(self.abort)
+
+    def _send(self, data: bytes) -> None:
+        """Send some bytes now, or when the client has read those before."""
+        if data and not self.output:
+            try:
+                data = data[self.sock.send(data) :]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                return  # the client is gone, which is noticed when reading
+            if data:
+                self.loop.add_writer(self.sock, self._on_writable)
+        if data:
+            self.output += data
+            self._count_bytes()
+            if len(self.output) > MAX_BACKLOG:
+                self._pause(UNREAD)
+
+    def _on_writable(self) -> None:
+        try:
+            del self.output[: self.sock.send(self.output)]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.output.clear()
+        self._count_bytes()
+        if not self.output:
+            self.loop.remove_writer(self.sock)
+            self._end_if_done()
+        if len(self.output) <= MAX_BACKLOG // 4:
+            self._resume(UNREAD)
+
+    def _count_bytes(self) -> None:
+        held = len(self.input) + len(self.fragments) + len(self.output)
+        if held != self.counted_bytes:
+            self.server.count_bytes(self, held)
+
+    def keep_alive(self, now: float) -> None:
+        """Ping a client that was not heard for long, or close it if a ping was not answered."""
+        if self.paused_for or not self.is_open:
+            return
+        if self.last_pinged <= self.last_heard:
+            self.last_pinged = now
+            self.protocol.send_ping(b'')
+            self.flush()
+        elif now - self.last_pinged > self.server.limits.ping_timeout:
+            self.fail(1011, PING_TIMEOUT)
+
+    # Closing.
+
+    def _answer(self, response: Response) -> None:
+        self.protocol.send_response(response)
+        self.flush()
+
+    def _start_deadline(self, seconds: float) -> None:
+        self.deadline.cancel()
+        self.deadline = self.loop.call_later(seconds, self.abort)
+
+    def _on_end_of_input(self) -> None:
+        """The client has sent everything and it was processed: end the connection."""
+        self.protocol.receive_eof()
+        self.flush()
+        self._finish()
+
+    def _finish(self) -> None:
+        """End the stream after what is in `output`, and discard further input."""
+        if not self.finished:
+            if self.tls is not None:
+                self._send(self.tls.end())
+            self.finished = True
+            self.input.clear()
+            self.fragments.clear()
+            self._count_bytes()
+            self._start_deadline(self.server.limits.close_timeout)
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self.finished and not self.output:
+            if self.eof:
+                self.abort()
+            else:
+                with contextlib.suppress(OSError):  # the client may have reset the connection
+                    self.sock.shutdown(socket.SHUT_WR)
+
+    def is_reset(self) -> bool:
+        """Return whether the connection is known to be lost although nothing is read from it."""
+        if not hasattr(socket, 'TCP_INFO'):
+            return False
+        tcp_state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return tcp_state == TCP_CLOSE
+
+    def abort(self) -> None:
+        """Close the socket at once and clean up. Does nothing the second time."""
+        if self not in self.server.connections:
+            return
+        self.loop.remove_reader(self.sock)
+        self.loop.remove_writer(self.sock)
+        self.sock.close()
+        self.deadline.cancel()
+        if self.rate_timer is not None:
+            self.rate_timer.cancel()
+        self.finished, self.paused_for = True, NOT_PAUSED
+        for buffer in (self.input, self.fragments, self.output):
+            buffer.clear()
+        self._count_bytes()
+        self.protocol.receive_eof()
+        self.server.forget(self)
+        self.relay.on_close(self.client, self.protocol.close_exc)
+        self.protocol.__dict__.clear()
+        self.protocol = CLOSED_PROTOCOL
+        del self.client  # which refers to this connection as well
+        if not self.opened:
+            logger.debug('No handshake from %s', address_of(self.remote_address))
+
 
 class Listener:
-    """What serves a relay: sockets, their connections, and one keepalive for all of them."""
+    """Listening sockets, the connections that were accepted on them, and what those share."""
 
-    def __init__(self, relay: RelayServer, answer: Any, limits: dict[str, Any]) -> None:
-        self.relay, self.answer, self.limits = relay, answer, {**LIMITS, **limits}
-        self.connections = OrderedDict[Connection, None]()  # the least recently heard first
-        self.unflushed: list[Connection] = []
-        self.buffer = memoryview(bytearray(RECEIVE_BUFFER))
+    def __init__(
+        self,
+        relay: RelayServer,
+        answer: Callable[[Any, Request], Response | None],
+        limits: Limits = Limits(),
+        *,
+        tls: ssl.SSLContext | None = None,
+        max_connections: int | None = None,
+    ) -> None:
+        self.relay, self.answer, self.limits, self.tls = relay, answer, limits, tls
+        self.loop = asyncio.get_running_loop()
+        self.sockets: list[socket.socket] = []
+        fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_connections = max_connections or max(1, fds - RESERVED_FDS)
+        self.accepting = False
         self.closed = asyncio.Event()
+        # The connections that were not heard for the longest are first.
+        self.connections = OrderedDict[Connection, None]()
+        self.handshakes: dict[Connection, None] = {}
+        self.buffer = memoryview(bytearray(RECEIVE_BUFFER))  # each read is copied out of it
+        self.unflushed: list[Connection] = []
+        self.not_reading: dict[Connection, None] = {}  # paused, with a full input
+        self.incomplete: dict[Connection, float] = {}  # since when part of a message is there
+        # Connections with a long message, which take turns, one at a time.
+        self.turns = deque[Connection]()
+        self.turn_timer: asyncio.Handle | None = None
+        # What is buffered, in all and by whom.
+        self.buffered_bytes = 0
+        self.buffering: dict[Connection, None] = {}
 
-    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> Listener:
-        """Listen on each address of a host; raises StartError."""
-        more: Any = {'ssl_handshake_timeout': self.limits['open_timeout']} if tls else {}
-        more.update(ssl=tls, reuse_port=self.limits['reuse_port'], start_serving=False)
-        loop = self.loop = asyncio.get_running_loop()
+    # Accepting.
+
+    async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> Listener:
+        """Listen on each address of a host. Raises StartError if that fails for one."""
         try:
-            self.server = await loop.create_server(partial(Connection, self), host, port, **more)
-            self.sockets, self.is_serving = self.server.sockets, self.server.is_serving
-            for sock in self.sockets:  # connections inherit it, from the first on
-                _bound_buffers(sock)
-            await self.server.start_serving()
+            addresses = await self.loop.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            for family, _, _, _, address in dict.fromkeys(addresses):
+                self._open_socket(family, address, reuse_port)
         except (OSError, ValueError) as error:
-            # asyncio puts the address and a number before the reason.
-            reason = str(error).rpartition('): ')[2].rpartition('] ')[2]
+            for sock in self.sockets:
+                sock.close()
+            reason = getattr(error, 'strerror', None) or error
             raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
-        if self.limits['ping_interval']:
-            self._sweep(self.limits['ping_interval'])
+        self._start_accepting()
+        self._sweep()
         return self
 
+    def _open_socket(self, family: int, address: Any, reuse_port: bool) -> None:
+        sock = socket.socket(family)
+        self.sockets.append(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setblocking(False)
+        limit_socket(sock)  # before the first connection, which inherits it
+        sock.bind(address)
+        sock.listen(LISTEN_BACKLOG)
+
+    def is_serving(self) -> bool:
+        """Return whether new clients are accepted."""
+        return bool(self.sockets)
+
+    def _start_accepting(self) -> None:
+        if not self.accepting:
+            self.accepting = True
+            for sock in self.sockets:
+                self.loop.add_reader(sock, self._accept, sock)
+
+    def stop_accepting(self) -> None:
+        """Let new connections wait in the kernel."""
+        self.accepting = False
+        for sock in self.sockets:
+            self.loop.remove_reader(sock)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(ACCEPT_BATCH):
+            full = len(self.connections) >= self.max_connections
+            if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
+                # A handshake takes less than a second: the oldest is most likely none at all.
+                next(iter(self.handshakes)).abort()
+            elif full:
+                self._stop_accepting_for_now('too many connections')
+                return
+            try:
+                sock, address = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._stop_accepting_for_now(str(error.strerror))
+                return
+            sock.setblocking(False)
+            Connection(self, sock, address)
+
+    def _stop_accepting_for_now(self, reason: str) -> None:
+        self.stop_accepting()  # until the next sweep
+        reason = f'{reason} ({len(self.connections)} are open)'
+        self.relay.log_refusal('full', 'accept', 'new connections for now', reason)
+
+    # What the connections share.
+
     def flush_soon(self, connection: Connection) -> None:
-        """Have a connection write once what has come is dealt with: many messages at one go."""
+        """Flush a connection at the end of this turn of the loop: many messages in one write."""
         if not self.unflushed:
             self.loop.call_soon(self._flush)
         self.unflushed.append(connection)
@@ -902,79 +1530,215 @@ class Listener:
             while self.unflushed:
                 self.unflushed.pop().flush()
         finally:
-            if self.unflushed:  # a defect that one met is not to hold up the others
+            if self.unflushed:  # an error with one connection must not hold up the others
                 self.loop.call_soon(self._flush)
 
-    def _sweep(self, interval: float) -> None:
-        if not self.closed.is_set():
-            self.loop.call_later(min(1, interval / 4), self._sweep, interval)
-        now = time.monotonic()
-        quiet = itertools.takewhile(lambda c: c.heard <= now - interval, self.connections)
-        for connection in list(quiet):
-            connection.keep_alive(now)
+    def request_turn(self, connection: Connection) -> None:
+        """Call `take_turn` of a connection after those that asked before."""
+        self.turns.append(connection)
+        if self.turn_timer is None:
+            self.turn_timer = self.loop.call_soon(self._next_turn)
 
-    def forget(self, connection: Connection | None) -> None:
-        """Have one connection less."""
-        self.connections.pop(connection, None)  # type: ignore[arg-type]
-        if not self.connections and not self.is_serving():
+    def _next_turn(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.turns.popleft().take_turn()
+        finally:
+            self.turn_timer = None
+            if self.turns:
+                # The rest of the relay gets as much time as the turn has taken.
+                pause = time.perf_counter() - began
+                self.turn_timer = self.loop.call_later(pause, self._next_turn)
+
+    def count_bytes(self, connection: Connection, held: int) -> None:
+        """Note how many bytes a connection buffers. Over the limit, close those with the most."""
+        self.buffered_bytes += held - connection.counted_bytes
+        connection.counted_bytes = held
+        if held:
+            self.buffering[connection] = None
+        else:
+            self.buffering.pop(connection, None)
+        while self.buffered_bytes > MAX_BUFFERED:
+            largest = max(self.buffering, key=lambda c: c.counted_bytes)
+            reason = f'out of memory: {largest.counted_bytes} bytes buffered'
+            self.relay.log_refusal('out_of_memory', 'memory', largest.client, reason)
+            if largest.output:  # a close frame would have to wait behind it
+                largest.abort()
+            else:
+                largest.fail(1013, 'the relay is out of memory')
+
+    def _sweep(self) -> None:
+        """Close idle, incomplete and lost connections, and accept again, once a second."""
+        interval = self.limits.ping_interval
+        if not self.closed.is_set():
+            self.loop.call_later(min(SWEEP_INTERVAL, (interval or 60) / 4), self._sweep)
+        now = time.monotonic()
+        if interval:
+            idle = itertools.takewhile(lambda c: c.last_heard <= now - interval, self.connections)
+            for connection in list(idle):
+                connection.keep_alive(now)
+        for connection, since in list(self.incomplete.items()):
+            if since > now - MESSAGE_TIMEOUT:
+                break
+            if not connection.paused_for:
+                connection.fail(1008, INCOMPLETE)
+        for connection in list(self.not_reading):
+            if connection.is_reset():
+                connection.abort()
+        if not self.accepting:
+            self._start_accepting()
+
+    # Closing.
+
+    def forget(self, connection: Connection) -> None:
+        """Remove a closed connection."""
+        for collection in (self.connections, self.handshakes, self.not_reading, self.incomplete):
+            collection.pop(connection, None)
+        self._set_closed()
+
+    def _set_closed(self) -> None:
+        if not self.connections and not self.sockets:
             self.closed.set()
 
     def close(self) -> None:
-        """Take no more connections, and close those that there are."""
-        self.server.close()
+        """Stop listening, and close all connections with 1001. Sets `closed` when that is done."""
+        self.stop_accepting()
+        for sock in self.sockets:
+            sock.close()
+        self.sockets = []
         for connection in list(self.connections):
             connection.close(1001, '')
-        self.forget(None)
+        self._set_closed()
 
 
-# ------------------------------------------------------------------------------- Access
+# ------------------------------------------------------------------------------- Operations
+#
+# What the operator sees: metrics, systemd's view of the service, and the log.
+
+# As the journal numbers them.
+LEVELS = {'CRITICAL': 2, 'ERROR': 3, 'WARNING': 4, 'INFO': 6, 'DEBUG': 7}
 
 
-class StartError(Exception):
-    """Raised when the relay cannot start: one line that tells the operator what to mend."""
+def metrics(relay: RelayServer) -> str:
+    """Return the metrics of a relay in Prometheus' text format."""
+    versions = f'version="{__version__}",websockets="{websockets_version}"'
+    generations = [client.response_type for client in relay._uuid_to_client.values()]
+    values: dict[str, float] = {
+        f'relay_build_info{{{versions},python="{sys.version.split()[0]}"}}': 1,
+        'relay_uptime_seconds': time.time() - relay.started,
+        'relay_connected_clients': len(relay._websocket_to_client),
+        'relay_registered_clients{generation="server"}': generations.count('server_response'),
+        'relay_registered_clients{generation="relay"}': generations.count('relay_response'),
+        **{f'relay_{name}_total': count for name, count in relay.counts.items()},
+        **{f'relay_refusals_total{{reason="{k}"}}': n for k, n in relay.refusal_counts.items()},
+        **process_metrics(relay),
+    }
+    if relay.listener is not None:
+        values['relay_open_connections'] = len(relay.listener.connections)
+        values['relay_buffered_bytes'] = relay.listener.buffered_bytes
+    if relay.backplane is not None:
+        values.update(relay.backplane.gauges())
+    if relay.certificate_expiry is not None:
+        values['relay_certificate_expiry_timestamp_seconds'] = relay.certificate_expiry
+    text = ''
+    for name, value in values.items():
+        family = name.partition('{')[0]
+        kind = 'counter' if family.endswith('_total') else 'gauge'
+        head = f'# HELP {family} {family.replace("_", " ")}\n# TYPE {family} {kind}\n'
+        text += f'{"" if head in text else head}{name} {value}\n'
+    return text
 
 
-def read_tokens(path: str) -> dict[bytes, str]:
-    """Return the tokens in a file: a line `user:token` each, comments after `#`, nothing else."""
-    tokens: dict[bytes, str] = {}
+def process_metrics(relay: RelayServer) -> dict[str, float]:
+    """Return metrics of the process, under the names that Prometheus' client libraries use."""
+    values = {
+        'process_start_time_seconds': relay.started,
+        'process_cpu_seconds_total': time.process_time(),
+        'process_max_fds': float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    }
+    with contextlib.suppress(OSError), open('/proc/self/statm') as file:
+        values['process_open_fds'] = len(os.listdir('/proc/self/fd'))
+        pages = int(file.read().split()[1])
+        values['process_resident_memory_bytes'] = pages * resource.getpagesize()
+    return values
+
+
+def expiry_of(certfile: str) -> float:
+    """Return when the first certificate in a PEM file expires, in seconds since 1970."""
+    with open(certfile, encoding='latin-1') as file:
+        pem = file.read().partition('CERTIFICATE-----')[2].partition('-----END')[0]
+    # The standard library reads certificates only after it has verified them. A certificate has
+    # two dates, its first and last day, as UTCTime or GeneralizedTime (RFC 5280, section 4.1.2.5).
+    dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
+    end = (b'20' + dates[1])[-14:].decode()
+    return datetime.datetime.strptime(f'{end}+0000', '%Y%m%d%H%M%S%z').timestamp()
+
+
+def notify(*states: str) -> None:
+    """Send states to systemd, if it started the relay and wants to know (sd_notify(3))."""
+    path = os.environ.get('NOTIFY_SOCKET')
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1)
+        # A leading @ stands for the null byte of an abstract socket.
+        sock.connect('\0' + path[1:] if path[0] == '@' else path)
+        sock.send('\n'.join(states).encode())
+
+
+def beat(relay: RelayServer) -> None:
+    """Send systemd a sign of life and the status line, twice in each watchdog period."""
+    clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
+    uptime = datetime.timedelta(seconds=int(time.time() - relay.started))
+    status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
+    notify('WATCHDOG=1', status)
+    usec = os.environ.get('WATCHDOG_USEC', '')
+    period = int(usec) / 1_000_000 if usec.isdecimal() and 0 < len(usec) < 16 else 60
+    asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
+
+
+class JournalFormatter(logging.Formatter):
+    """Puts the level in front of each line, as the journal reads it, and leaves out the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as one or more lines."""
+        lines = super().format(record).splitlines()
+        return '\n'.join(f'<{LEVELS[record.levelname]}>{line}' for line in lines)
+
+
+def is_journal(stream: Any) -> bool:
+    """Return whether a stream goes to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    journal = os.environ.get('JOURNAL_STREAM')
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            if os.fstat(file.fileno()).st_mode & 0o007:
-                logger.warning('%s is open to every user of this machine', path)
-            # A token may hold a #, which begins a comment only after a space.
-            lines = [f' {line}'.partition(' #')[0].strip() for line in file]
-    except (OSError, ValueError) as error:
-        raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
-    for number, line in enumerate(lines, 1):
-        user, _, token = line.partition(':')
-        if line and not (user and token and line.isprintable() and ' ' not in line):
-            raise StartError(f'{path}, line {number}: not of the form user:token')
-        if line and tokens.setdefault(_digest(token), user) != user:
-            raise StartError(f'{path}, line {number}: the token of another user')
-    if not tokens:
-        raise StartError(f'{path} holds no line of the form user:token')
-    return tokens
+        return journal == '{0.st_dev}:{0.st_ino}'.format(os.fstat(stream.fileno()))
+    except (AttributeError, OSError, ValueError):  # closed, or not a file
+        return False
 
 
-def user_of(request: Request | None, tokens: dict[bytes, str] | None) -> str | None:
-    """Return whose token a request shows, None if nobody's, '' if no tokens are in use."""
-    if request is None or tokens is None:
-        return ''
+def configure_logging(log_dir: str | None, level: str) -> None:
+    """Log to standard output and, if a folder is given, to server.log in it.
+
+    Raises StartError if the file cannot be written.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if is_journal(sys.stdout):
+        handlers[0].setFormatter(JournalFormatter('%(message)s'))
+    path = os.path.join(log_dir or '', 'server.log')
     try:
-        kind, _, value = ' '.join(request.headers.get_all('Authorization')).partition(' ')
-        if kind.lower() == 'basic':
-            named, _, token = base64.b64decode(value, validate=True).decode().partition(':')
-            user = tokens.get(_digest(token))
-            return user if user == named else None
-        query = parse_qs(urlsplit(request.path).query)
-        return tokens.get(_digest(value if kind.lower() == 'bearer' else query['token'][0]))
-    except (KeyError, ValueError):
-        return None
-
-
-def _digest(token: str) -> bytes:
-    # Tokens are looked up by this: the time it takes tells nothing about any of them.
-    return hashlib.sha256(token.encode()).digest()
+        if log_dir is not None:
+            os.makedirs(log_dir, exist_ok=True)
+            handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
+    except OSError as error:
+        raise StartError(f'cannot log to {path}: {error.strerror}') from error
+    form = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    logging.basicConfig(format=form, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
+    logging.raiseExceptions = False  # a full disk must not print a traceback for each line
+    # The logging HOWTO, section Optimization: do not collect what no format shows.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    # websockets logs session descriptions at DEBUG and, up to version 15, each port scan as an
+    # ERROR. asyncio warns of slow callbacks and the like; errors are worth a line.
+    logging.getLogger('websockets').setLevel(logging.CRITICAL)
+    logging.getLogger('asyncio').setLevel(logging.ERROR)
 
 
 # ------------------------------------------------------------------------------- Scale-out
@@ -1062,7 +1826,7 @@ class Backplane:
             if turn % CLAIM_TURNS == 0:
                 self._start(self._claim_all())
             # The library fails on the answer to a ping that was given up: so none is.
-            pulse = self._start(self.nats.rtt(timeout=2 * STALL_TIMEOUT))
+            pulse = self._start(self.nats.rtt(timeout=2000 * STALL_TIMEOUT))
             if not (await asyncio.wait({pulse}, timeout=ASK_TIMEOUT))[0]:
                 raise TimeoutError(f'no answer within {ASK_TIMEOUT} s')
             self.round_trip = pulse.result()
@@ -1150,7 +1914,7 @@ class Backplane:
             if (count, name) > (own_count, own_name):
                 # On its way, a claim does not age: who claims to be older is older.
                 if age <= time.monotonic() - since:
-                    return self.relay.displace(client)
+                    return self.relay.displace(client, 'a client of another relay')
                 self.claims[client] = count + 1, own_name, since
             if name != own_name:
                 await self._claim(client)
@@ -1158,7 +1922,7 @@ class Backplane:
             raise asyncio.CancelledError  # the library may have ignored its own, and would go on
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
-        """Forward a message, here or elsewhere, or return which of UNFORWARDED it is.
+        """Forward a message, here or elsewhere, or return which of FORWARD_ERRORS it is.
 
         What goes elsewhere has its verdict later, and what follows to the same peer waits for it.
         """
@@ -1169,7 +1933,7 @@ class Backplane:
                 return kind
         if not self.connected:
             return 'disconnected'
-        size = len(data) + MESSAGE_COST
+        size = len(data) + MESSAGE_OVERHEAD
         if self.bytes[client] and self.bytes[client] + size > MAX_BACKLOG:
             return 'backlog'
         self.bytes[client] += size
@@ -1191,12 +1955,12 @@ class Backplane:
             await asyncio.wait({asking}, timeout=left)
         kind = asking.result() if asking.done() else 'disconnected'
         asking.cancel()
-        self.bytes[client] -= len(data) + MESSAGE_COST
+        self.bytes[client] -= len(data) + MESSAGE_OVERHEAD
         if not self.bytes[client]:
             del self.bytes[client]
         if self.sent[client, message.peer_uuid] is asyncio.current_task():
             del self.sent[client, message.peer_uuid]
-        if kind is not None and client.websocket.state is OPEN:
+        if kind is not None and client.link.is_open:
             self.relay.send_back(client, message, kind)
 
     async def _ask(self, asked: float, user: str, uuid: UUID, data: bytes) -> str | None:
@@ -1233,118 +1997,44 @@ def _subject(user: str, uuid: UUID | None) -> str:
     return f'relay.{user.encode().hex() or "-"}.{uuid}'
 
 
-# ------------------------------------------------------------------------------- Operations
-
-# What is counted.
-COUNTS = ['registrations', 'displaced_registrations', 'pings_given_up']
-COUNTS += ['forwarded_messages', 'forwarded_bytes', 'remote_messages', 'remote_unknown']
-# What is refused or, at `rate_paced`, held up: counted by these reasons.
-REFUSALS = [*UNFORWARDED, 'malformed', 'too_large', 'rate_paced', 'never_registered']
-REFUSALS += ['unauthorized', 'full']
-
-
-def metrics(relay: RelayServer) -> str:
-    """Return how the relay does, in Prometheus' text format."""
-    versions = f'version="{__version__}",websockets="{websockets_version}"'
-    clients = [client.response_type for client in relay._uuid_to_client.values()]
-    values: dict[str, float] = {
-        f'relay_build_info{{{versions},python="{sys.version.split()[0]}"}}': 1,
-        'relay_uptime_seconds': time.time() - relay.started,
-        'relay_connected_clients': len(relay._websocket_to_client),
-        'relay_registered_clients{generation="server"}': clients.count('server_response'),
-        'relay_registered_clients{generation="relay"}': clients.count('relay_response'),
-        **{f'relay_{name}_total': count for name, count in relay.counts.items()},
-        **{f'relay_refusals_total{{reason="{k}"}}': n for k, n in relay.refusals.items()},
-        'process_start_time_seconds': relay.started,
-        'process_cpu_seconds_total': time.process_time(),
-        'process_max_fds': resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-    }
-    if relay.backplane is not None:
-        values.update(relay.backplane.gauges())
-    if relay.expiry is not None:
-        values['relay_certificate_expiry_timestamp_seconds'] = relay.expiry
-    with contextlib.suppress(OSError), open('/proc/self/statm') as file:
-        values['process_open_fds'] = len(os.listdir('/proc/self/fd'))
-        pages = int(file.read().split()[1])
-        values['process_resident_memory_bytes'] = pages * resource.getpagesize()
-    text = ''
-    for name, value in values.items():
-        family = name.partition('{')[0]
-        kind = 'counter' if family.endswith('_total') else 'gauge'
-        head = f'# HELP {family} {family.replace("_", " ")}\n# TYPE {family} {kind}\n'
-        text += f'{"" if head in text else head}{name} {value}\n'
-    return text
-
-
-def expiry_of(certfile: str) -> float:
-    """Return when the first certificate in a file ends, in seconds since 1970."""
-    with open(certfile, encoding='latin-1') as file:
-        pem = file.read().partition('CERTIFICATE-----')[2].partition('-----END')[0]
-    # The standard library tells this only of certificates that it trusts. Two dates stand in one,
-    # its beginning and its end, with two or four digits of the year.
-    dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
-    end = (b'20' + dates[1])[-14:].decode()
-    return datetime.datetime.strptime(f'{end}+0000', '%Y%m%d%H%M%S%z').timestamp()
-
-
-def notify(*states: str) -> None:
-    """Tell systemd, where it asked to be told."""
-    path = os.environ.get('NOTIFY_SOCKET')
-    if not path:
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(1)
-        # The name of an abstract socket begins with a null byte, for which an @ stands.
-        sock.connect('\0' + path[1:] if path[0] == '@' else path)
-        sock.send('\n'.join(states).encode())
-
-
-def beat(relay: RelayServer) -> None:
-    """Tell systemd, twice in each period of its watchdog, that and how the relay lives."""
-    clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
-    uptime = datetime.timedelta(seconds=int(time.time() - relay.started))
-    status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
-    notify('WATCHDOG=1', status)
-    period = int(os.environ.get('WATCHDOG_USEC') or 60_000_000) / 1_000_000
-    asyncio.get_running_loop().call_later(period / 2, beat, relay)
-
-
-class _JournalFormatter(logging.Formatter):
-    """Begins each line with its level, as the journal reads it; the journal knows the time."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).splitlines()
-        return '\n'.join(f'<{LEVELS[record.levelname]}>{line}' for line in lines)
-
-
 # ------------------------------------------------------------------------------- Server
+#
+# Starting and stopping a relay: TLS files, sockets, signals.
 
 
 async def serve(
-    host: str, port: int, certfile: str | None = None, keyfile: str | None = None, **options: Any
+    host: str,
+    port: int,
+    certfile: str | None = None,
+    keyfile: str | None = None,
+    *,
+    relay: RelayServer | None = None,
+    limits: Limits = Limits(),
+    metrics_port: int | None = None,
+    nats: list[str] | None = None,
+    nats_credentials: str | None = None,
 ) -> None:
-    """Serve a relay until SIGINT or SIGTERM; SIGHUP reads tokens and certificate again.
+    """Serve a relay until SIGINT or SIGTERM. SIGHUP reads tokens and certificate again.
 
-    `options`: `relay`, a RelayServer, and what goes before LIMITS. Raises StartError.
+    Raises StartError if a file cannot be used or an address cannot be listened on.
     """
-    relay: RelayServer = options.pop('relay', None) or RelayServer()
-    metrics_port, nats = options.pop('metrics_port', None), options.pop('nats', None)
+    relay = relay or RelayServer()
     tls = None
     if certfile is not None:
-        tls, relay.expiry = _tls(certfile, keyfile), expiry_of(certfile)
+        tls, relay.certificate_expiry = tls_context(certfile, keyfile), expiry_of(certfile)
     if nats:
-        options['reuse_port'] = True  # for several relays on one machine
-        relay.backplane = Backplane(relay, *nats)
-    stop = _signals(relay, tls, certfile, keyfile)
-    servers = [await Listener(relay, relay.process_request, options).listen(host, port, tls)]
-    for sock in servers[0].sockets:
-        logger.info('Serving relay server on %s', address_of(sock.getsockname()))
+        relay.backplane = Backplane(relay, nats, nats_credentials)
+    stop = _handle_signals(relay, tls, certfile, keyfile)
+    relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
+    # Several relays of one machine can share a port if NATS links them.
+    listeners = [await relay.listener.listen(host, port, reuse_port=bool(nats))]
+    _log_addresses('Serving relay server', relay.listener)
     if metrics_port is not None:
-        own = Listener(relay, lambda websocket, _: websocket.respond(200, metrics(relay)), {})
-        servers.append(await own.listen('127.0.0.1', metrics_port, None))
-        logger.info('Serving metrics on %s', address_of(servers[1].sockets[0].getsockname()))
+        own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
+        listeners.append(await own.listen('127.0.0.1', metrics_port))
+        _log_addresses('Serving metrics', own)
     if relay.tokens is None:
-        logger.warning('No --token-file: whoever can reach this relay can use it')
+        logger.warning('No --token-file: anyone who can reach this relay can use it')
     if 'NOTIFY_SOCKET' in os.environ:
         beat(relay)
     notify('READY=1')
@@ -1352,48 +2042,59 @@ async def serve(
     notify('STOPPING=1')
     if relay.backplane is not None:
         await relay.backplane.close()
-    await _stop(servers)
+    await _stop(listeners)
 
 
-def _signals(relay: RelayServer, *files: Any) -> asyncio.Event:
-    """Have signals stop the relay, which sets the event that is returned, and reload it."""
+def _log_addresses(what: str, listener: Listener) -> None:
+    for sock in listener.sockets:
+        logger.info('%s on %s', what, address_of(sock.getsockname()))
+
+
+def _handle_signals(
+    relay: RelayServer, tls: ssl.SSLContext | None, certfile: str | None, keyfile: str | None
+) -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set, and let SIGHUP reload."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(relay.on_loop_error)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, relay.reload, *files)
+    loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
     return stop
 
 
-async def _stop(servers: list[Listener]) -> None:
-    for server in servers:
-        server.close()
-    # A client that neither reads nor closes must not hold up the end.
-    closed = [asyncio.ensure_future(server.closed.wait()) for server in servers]
+async def _stop(listeners: list[Listener]) -> None:
+    for listener in listeners:
+        listener.close()
+    closed = [asyncio.ensure_future(listener.closed.wait()) for listener in listeners]
+    # A client that neither reads nor closes must not keep the relay from stopping.
     await asyncio.wait(closed, timeout=STOP_TIMEOUT)
     logger.info('Server closed')
 
 
-def _tls(certfile: str, keyfile: str | None) -> ssl.SSLContext:
+def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
+    """Return a context for TLS 1.2 and later. Raises StartError that names the wrong file."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     path, content = certfile, 'certificate'
     try:
-        # The errors of load_cert_chain do not name a file: see first what each one holds.
+        # The errors of load_cert_chain do not name a file, so each one is tried by itself.
         ssl.create_default_context(cafile=certfile)
         path, content = keyfile or certfile, 'private key without a password'
         with open(path, 'rb'):
-            # For a password it would ask on the terminal.
-            context.load_cert_chain(certfile, keyfile, password=str)
+            context.load_cert_chain(certfile, keyfile, password=no_password)
     except ssl.SSLError as error:
         fault = f'{path}: no {content} in PEM format ({error.reason or error})'
         if error.reason == 'KEY_VALUES_MISMATCH':
-            fault = f'the key in {path} is not that of {certfile}'
+            fault = f'the key in {path} does not belong to the certificate in {certfile}'
         raise StartError(fault) from error
     except OSError as error:
         raise StartError(f'cannot read {path}: {error.strerror}') from error
     return context
+
+
+def no_password() -> str:
+    """Stand in for the question on the terminal that OpenSSL asks for an encrypted key."""
+    return ''
 
 
 # ------------------------------------------------------------------------------- Check
@@ -1513,55 +2214,57 @@ async def deliver(message: Message, source: Any, peer: Any, expected: Message) -
 
 # ------------------------------------------------------------------------------- Command line
 
-# As the journal numbers them.
-LEVELS = {'CRITICAL': 2, 'ERROR': 3, 'WARNING': 4, 'INFO': 6, 'DEBUG': 7}
 
-
-def _number_of(text: str, least: int = 0, most: float = float('inf')) -> int:
-    if text.isdecimal() and least <= int(text) <= most:
+def _integer(text: str, least: int = 0, most: int = 10**9) -> int:
+    if text.isdecimal() and len(text) < 12 and least <= int(text) <= most:
         return int(text)
-    limit = f'{least} or more' if most == float('inf') else f'{least} to {most}'
-    raise argparse.ArgumentTypeError(f'{text!r} is not a number, {limit}')
+    raise argparse.ArgumentTypeError(f'{shown(text)} is not a number from {least} to {most:,}')
 
 
-def _nats(text: str) -> str:
-    # What is wrong may be, or hold, a password.
+def _nats_url(text: str) -> str:
+    # An error must not show the text, which may hold a password.
     with contextlib.suppress(ValueError):
         url = urlsplit(text)
         if url.scheme in ('nats', 'tls') and url.hostname and url.port != 0:
             return text
-    raise argparse.ArgumentTypeError('not of the form nats://HOST:PORT or tls://HOST:PORT')
+    raise argparse.ArgumentTypeError('not in the form nats://HOST:PORT or tls://HOST:PORT')
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
-    # Without a usage, an error is one line.
+def _parser() -> argparse.ArgumentParser:
     about = (__doc__ or '').partition('\n')[0]
+    # Without a usage message, an error is one line.
     parser = argparse.ArgumentParser('relay.py', usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
-    port = partial(_number_of, most=65535)
-    positive = partial(_number_of, least=1)
+    port = partial(_integer, most=65535)
+    positive = partial(_integer, least=1)
+    seconds = partial(_integer, most=86_400)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
-    add('--port', default=8765, type=port, help='port, 0 for any free (%(default)s)')
-    add('--certfile', metavar='PATH', help='certificate in PEM format, to serve with TLS')
-    add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
-    add('--token-file', metavar='PATH', help='lines user:token, for who may connect (anybody)')
+    add('--port', default=8765, type=port, help='port, 0 for any free port (%(default)s)')
+    add('--certfile', metavar='PATH', help='certificate in PEM format; serves TLS (wss://)')
+    add('--keyfile', metavar='PATH', help='private key, if it is not in the same file')
+    add('--token-file', metavar='PATH', help='lines user:token of who may connect (anyone)')
     add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
-    add('--max-clients', type=positive, metavar='N', help='at once (the open-file limit less 64)')
-    size = 'bytes of the longest message (%(default)s)'
-    rate = 'messages a second of each client, 0 for any (%(default)s)'
-    pings = 'between pings, 0 for none (%(default)s)'
+    add('--max-clients', type=positive, metavar='N', help='clients (limit of open files less 64)')
+    size = 'length of the longest message (%(default)s)'
+    rate = 'messages a second of each client, 0 for no limit (%(default)s)'
+    pings = 'time between pings, 0 for none (%(default)s)'
     add('--max-message', default=MAX_MESSAGE, type=positive, metavar='BYTES', help=size)
-    add('--rate', default=RATE, type=_number_of, metavar='N', help=rate)
-    add('--ping-interval', default=30, type=_number_of, metavar='SECONDS', help=pings)
-    add('--metrics-port', type=port, metavar='PORT', help='for Prometheus, on 127.0.0.1')
-    add('--log-dir', metavar='PATH', help='also write server.log here, anew as each Sunday ends')
+    add('--rate', default=RATE, type=_integer, metavar='N', help=rate)
+    add('--ping-interval', default=30, type=seconds, metavar='SECONDS', help=pings)
+    add('--metrics-port', type=port, metavar='PORT', help='metrics for Prometheus, on 127.0.0.1')
+    add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Sunday')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
     nats = 'share clients with other relays over NATS; repeatable'
-    add('--nats', action='append', type=_nats, metavar='URL', help=nats)
-    add('--nats-creds', metavar='PATH', help='credentials for NATS, unless they are in its URL')
-    check = 'see whether two clients meet through the relay at a URL, or through two relays'
+    add('--nats', action='append', type=_nats_url, metavar='URL', help=nats)
+    add('--nats-creds', metavar='PATH', help='credentials for NATS, if they are not in its URL')
+    check = 'test whether two clients connect through the relay at a URL, or through two relays'
     add('--check', metavar='URL', nargs='+', help=check)
     add('--version', action='version', version=f'relay.py {__version__}')
+    return parser
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
     options = parser.parse_args(argv)
     if options.keyfile and not options.certfile:
         parser.error('--keyfile needs --certfile')
@@ -1572,51 +2275,49 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _log_to(log_dir: str | None, level: str) -> None:
-    """Log to standard output and, where a folder is given, to a file in it."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    journal = os.environ.get('JOURNAL_STREAM')
-    if journal and journal == '{0.st_dev}:{0.st_ino}'.format(os.fstat(sys.stdout.fileno())):
-        handlers[0].setFormatter(_JournalFormatter('%(message)s'))
-    path = os.path.join(log_dir or '', 'server.log')
-    try:
-        if log_dir is not None:
-            os.makedirs(log_dir, exist_ok=True)
-            handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
-    except OSError as error:
-        raise StartError(f'cannot log to {path}: {error.strerror}') from error
-    form = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-    logging.basicConfig(format=form, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
-    logging.raiseExceptions = False  # a full disk is not to have each line explained on stderr
-    # websockets logs session descriptions at DEBUG and, up to version 15, an ERROR for each port
-    # scan; asyncio has a WARNING for each pong to a lost connection. Defects are for the handler.
-    logging.getLogger('websockets').setLevel(logging.CRITICAL)
-    logging.getLogger('asyncio').setLevel(logging.ERROR)
+def _run_check(urls: list[str]) -> None:
+    # The one line it prints is all it prints, whatever asyncio has to say.
+    logging.disable()
+    # Python 3.9 prints a traceback if a check is interrupted just when it connects.
+    sys.unraisablehook = lambda _: None
+    print(asyncio.run(check(*urls)))
+
+
+def _run_relay(options: argparse.Namespace) -> None:
+    configure_logging(options.log_dir, options.log_level)
+    # The usual limit of 1,024 open files is the first limit a relay hits. (macOS refuses to
+    # raise it to what it says is possible.)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    relay = RelayServer(options.token_file, options.max_clients, options.rate)
+    # Clients other than web pages send no origin.
+    origins = (*options.allow_origin, None) if options.allow_origin else None
+    limits = Limits(options.max_message, origins, ping_interval=options.ping_interval or None)
+    asyncio.run(
+        serve(
+            options.host,
+            options.port,
+            options.certfile,
+            options.keyfile,
+            relay=relay,
+            limits=limits,
+            metrics_port=options.metrics_port,
+            nats=options.nats,
+            nats_credentials=options.nats_creds,
+        )
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the relay; return the exit status."""
-    options = _options(argv)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it means a reload, it must not end us
+    """Run the relay or a check. Return the exit status."""
+    options = _parse(argv)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload must not kill a relay that starts
     try:
         if options.check is not None:
-            # One line is what it prints, whatever asyncio has to say.
-            logging.disable()
-            sys.unraisablehook = lambda _: None  # Python 3.9 may be interrupted as it connects
-            print(asyncio.run(check(*options.check)))
-            return 0
-        _log_to(options.log_dir, options.log_level)
-        # 1,024 open files are a relay's first end. (Some systems refuse to give all they have.)
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        relay = RelayServer(options.token_file, options.max_clients, options.rate)
-        limits = {'max_size': options.max_message, 'ping_interval': options.ping_interval or None}
-        # A client that is no browser has no origin.
-        limits['origins'] = options.allow_origin and [*options.allow_origin, None]
-        where = options.host, options.port, options.certfile, options.keyfile
-        limits['nats'] = options.nats and (options.nats, options.nats_creds)
-        asyncio.run(serve(*where, relay=relay, metrics_port=options.metrics_port, **limits))
+            _run_check(options.check)
+        else:
+            _run_relay(options)
     except (StartError, KeyboardInterrupt) as error:
         print(f'relay.py: {str(error) or "interrupted"}', file=sys.stderr)
         return 1
