@@ -241,13 +241,6 @@ class Field(NamedTuple):
     is_uuid: bool
 
 
-class Schema(NamedTuple):
-    """The class of a message, and its fields."""
-
-    message_class: type[Message]
-    fields: list[Field]
-
-
 JSON_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
     str: ((str,), 'a string'),
     Optional[str]: ((str, type(None)), 'a string or null'),
@@ -256,12 +249,13 @@ JSON_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _schema(kind: type[Message]) -> Schema:
-    hints = get_type_hints(kind)
-    rows = [(f.name, *JSON_TYPES[hints[f.name]], f.default) for f in fields(kind)]
-    return Schema(kind, [Field(*row, hints[row[0]] is UUID) for row in rows])
+def _schema(message_class: type[Message]) -> tuple[type[Message], list[Field]]:
+    hints = get_type_hints(message_class)
+    rows = [(f.name, *JSON_TYPES[hints[f.name]], f.default) for f in fields(message_class)]
+    return message_class, [Field(*row, hints[row[0]] is UUID) for row in rows]
 
 
+# The class of each message type, and its fields in the order of the class.
 SCHEMAS = {
     'server_registration': _schema(ServerRegistration),
     'relay_registration': _schema(ServerRegistration),
@@ -277,7 +271,7 @@ def encode(message: Message) -> str:
     Raises MessageEncodeError if it is not a message, or if a field has a type JSON does not know.
     """
     try:
-        if SCHEMAS[vars(message)['message_type']].message_class is not type(message):
+        if SCHEMAS[vars(message)['message_type']][0] is not type(message):
             raise TypeError('message_type does not match the class')
         values = {k: str(v) if isinstance(v, UUID) else v for k, v in vars(message).items()}
         return json.dumps(values, allow_nan=False)
@@ -290,25 +284,31 @@ def decode(text: str | bytes) -> Message:
 
     Raises MessageDecodeError, and nothing else, if the payload is not a valid message.
     """
-    response_type = 'server_response'
+    name: object = None
     try:
-        data = _load(text)
+        data = _parse_object(text)
         name = data.get('message_type')
         if not isinstance(name, str) or name not in SCHEMAS:
             raise ValueError(f'message_type must be one of {", ".join(SCHEMAS)}')
-        if name.startswith('relay_'):
-            response_type = 'relay_response'
-        return _build(SCHEMAS[name], data)
+        message_class, schema = SCHEMAS[name]
+        values = []
+        for key, types, expected, default, is_uuid in schema:
+            value = data.get(key, default)
+            if not isinstance(value, types):
+                raise ValueError(f'{key} must be {expected}')
+            values.append(_parse_uuid(key, value) if is_uuid else value)
+        return message_class(*values)
     except RecursionError:
         reason = 'nested too deep'
     except json.JSONDecodeError as error:
         reason = f'not JSON: {error}'
     except ValueError as error:
         reason = str(error)
-    raise MessageDecodeError(reason, response_type)
+    generation = 'relay' if str(name).startswith('relay_') else 'server'
+    raise MessageDecodeError(reason, f'{generation}_response')
 
 
-def _load(text: str | bytes) -> dict[str, Any]:
+def _parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError('a message must be a text frame, not a binary frame')
     decoder = _strict_decoder
@@ -320,22 +320,12 @@ def _load(text: str | bytes) -> dict[str, Any]:
     return data
 
 
-def _build(schema: Schema, data: dict[str, Any]) -> Message:
-    values = []
-    for name, types, expected, default, is_uuid in schema.fields:
-        value = data.get(name, default)
-        if not isinstance(value, types):
-            raise ValueError(f'{name} must be {expected}')
-        values.append(_parse_uuid(name, str(value)) if is_uuid else value)
-    return schema.message_class(*values)
-
-
 # The same few UUIDs in every message: parsing them again would be an eighth of a forward. Only the
 # usual form is kept, other forms may be long.
 _cached_uuid = lru_cache(4096)(UUID)
 
 
-def _parse_uuid(name: str, value: str) -> UUID:
+def _parse_uuid(name: str, value: Any) -> UUID:
     try:
         return _cached_uuid(value) if len(value) == 36 else UUID(value)
     except ValueError:
@@ -539,18 +529,14 @@ class Client:
     uuid: UUID | None
     websocket: Any  # as `register` and the other methods of RelayServer take it
     link: Connection | EmbeddedLink
-    credentials: Credentials = NO_CREDENTIALS
+    user: str = ''  # whose token the client showed, if the relay requires tokens
+    token_hash: bytes = b''
     address: str = 'unknown address'
     response_type: str = 'server_response'
     next_allowed: float = 0.0  # monotonic time from which its next message is within the rate
     registration_order: int = 0  # of several clients that register a UUID, the highest holds it
     registration_timer: asyncio.TimerHandle | None = None
     closed: asyncio.Future[None] | None = None  # set while the next holder of its UUID waits
-
-    @property
-    def user(self) -> str:
-        """The user whose token the client showed, '' if the relay has no tokens."""
-        return self.credentials.user
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -640,7 +626,7 @@ class RelayServer:
             self.log_refusal(kind, code, client.address, reason)
             client.link.close(code, reason)
             return
-        client.credentials = credentials
+        client.user, client.token_hash = credentials
         self._websocket_to_client[client.websocket] = client
         self.start_registration_timer(client, REGISTER_TIMEOUT)
 
@@ -867,12 +853,12 @@ class RelayServer:
         """Send a text to a registered client. Return one of FORWARD_ERRORS if that fails."""
         peer = self._uuid_to_client.get((user, uuid))
         # A connection that is closing would lose the message.
-        if peer is None or not peer.link.is_open:
+        if peer is None or not (link := peer.link).is_open:
             return 'unknown_peer'
-        backlog = peer.link.unsent_bytes
+        backlog = link.unsent_bytes
         if backlog and backlog + len(data) > MAX_BACKLOG:
             return 'backlog'
-        peer.link.write(data)
+        link.write(data)
         self.counts['forwarded_messages'] += 1
         self.counts['forwarded_bytes'] += len(data)
         logger.debug('Forwarded to %s', uuid)
@@ -927,7 +913,7 @@ class RelayServer:
         """Close clients whose token is no longer in the file."""
         for client in list(self._websocket_to_client.values()):
             if self.tokens is not None:
-                if self.tokens.get(client.credentials.token_hash) != client.user:
+                if self.tokens.get(client.token_hash) != client.user:
                     self._close(client, 1008, 'the token was revoked')
 
 
@@ -1034,23 +1020,6 @@ CLOSED_PROTOCOL.receive_eof()
 CLOSED_PROTOCOL.data_to_send()
 
 
-def frame_size(data: bytearray) -> tuple[int, int]:
-    """Return how many bytes to give to the protocol next, and the length of their payload.
-
-    That is a whole frame, whose header is 2 to 14 bytes long (RFC 6455, section 5.2). Two bytes
-    are enough where the protocol refuses them: an unknown opcode, or no mask.
-    """
-    if len(data) < 2 or data[0] & 0x0F not in OPCODES or not data[1] & 0x80:
-        return 2, 0
-    length, header = data[1] & 0x7F, 6
-    if length > 125:
-        header = 8 if length == 126 else 14
-        if len(data) < header:
-            return header, 0
-        length = int.from_bytes(data[2 : header - 4], 'big')
-    return header + length, length
-
-
 class Connection:
     """The connection of one client. All of it does nothing once the connection is closed."""
 
@@ -1134,21 +1103,23 @@ class Connection:
             return
         self.last_heard = time.monotonic()
         self.server.connections.move_to_end(self)  # those not heard for long stay in front
-        if not count:
+        if count == 0:
             self._on_eof()
-        elif not self.finished:
-            self._receive(self.server.buffer[:count])
-
-    def _receive(self, data: memoryview) -> None:
-        if self.tls is None:
-            self.input += data
+        elif self.finished:
+            pass  # the client is not listened to any more
+        elif self.tls is None:
+            self.input += self.server.buffer[:count]
+            self.process_input()
         else:
-            self.tls.decrypt(data, self.input)
-            self.send(self.tls.outgoing.read())
-            if self.tls.ended:
-                self._on_eof()
-                return
-        self.process_input()
+            self._decrypt(self.tls, self.server.buffer[:count])
+
+    def _decrypt(self, tls: TlsSession, data: memoryview) -> None:
+        tls.decrypt(data, self.input)
+        self.send(tls.outgoing.read())
+        if tls.ended:
+            self._on_eof()
+        else:
+            self.process_input()
 
     def _on_eof(self) -> None:
         self.eof = True
@@ -1173,14 +1144,14 @@ class Connection:
                 self._process(size)
                 self.has_turn = False
                 budget -= max(size, SLICE_MINIMUM)
-        self._count_bytes()
-        self._control_reading()
-        if self.paused_for:
-            return
-        if self.eof:
+        if self.input or self.counted_bytes or self.opcode is not None:
+            self._count_bytes()
+            if self.is_open and not self.paused_for:
+                self.server.incomplete.setdefault(self, time.monotonic())
+        if self.paused_for or self.server.not_reading:
+            self._control_reading()
+        if self.eof and not self.paused_for:
             self._on_end_of_input()
-        elif (self.input or self.opcode is not None) and self.is_open:
-            self.server.incomplete.setdefault(self, time.monotonic())
 
     def _control_reading(self) -> None:
         """Stop reading while the connection is paused with a full input."""
@@ -1192,40 +1163,58 @@ class Connection:
             self.loop.add_reader(self.sock, self._on_readable)
 
     def _next_size(self) -> int:
-        """Return the size of the request or frame that the input begins with, 0 if unknown."""
-        if self.protocol.state is CONNECTING:
-            end = self.input.find(b'\r\n\r\n') + 4
-            if end > 3:
-                return end
-            if self.input[0] == TLS_HELLO:
-                self.abort()
-            elif len(self.input) > MAX_UNREGISTERED:
-                self._answer(self.respond(431, 'The request is too long.\n'))
-            return 0
-        size, length = frame_size(self.input)
+        """Return how much of the input to give to the protocol next, 0 if that is unknown.
+
+        This is a whole request or a whole frame, whose header is 2 to 14 bytes long (RFC 6455,
+        section 5.2), or two bytes that the protocol refuses: an unknown opcode, or no mask.
+        """
+        data = self.input
+        if not self.opened:
+            return self._request_size()
+        if len(data) < 2 or data[0] & 0x0F not in OPCODES or data[1] < 0x80:
+            return 2
+        length, header = data[1] & 0x7F, 6
+        if length > 125:
+            header = 8 if length == 126 else 14
+            if len(data) < header:
+                return header
+            length = int.from_bytes(data[2 : header - 4], 'big')
         limit = self.server.limits.max_size
         if self.client.uuid is None:
             limit = min(limit, MAX_UNREGISTERED)
         if length + len(self.fragments) > limit:
             self.fail(1009, f'message longer than {limit} bytes')
             return 0
-        return size
+        return header + length
+
+    def _request_size(self) -> int:
+        end = self.input.find(b'\r\n\r\n') + 4
+        if end > 3:
+            return end
+        if self.input[0] == TLS_HELLO:
+            self.abort()
+        elif len(self.input) > MAX_UNREGISTERED:
+            self._answer(self.respond(431, 'The request is too long.\n'))
+        return 0
 
     def _process(self, size: int) -> None:
-        data = self.input[:size]
-        del self.input[:size]
-        connecting = self.protocol.state is CONNECTING
+        if size == len(self.input):
+            data, self.input = self.input, bytearray()
+        else:
+            data = self.input[:size]
+            del self.input[:size]
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
-        if connecting and not events:
-            self._refuse_request()
         for event in events:
-            if isinstance(event, Request):
-                self._on_request(event)
-            elif isinstance(event, Frame) and self.is_open:
+            if isinstance(event, Frame):
                 self._on_frame(event)
-        self.flush()
-        if self.opcode is None:
+            elif isinstance(event, Request):
+                self._on_request(event)
+        if not events and self.opened:  # the protocol has refused a frame
+            self.flush()
+        elif not events:
+            self._refuse_request()
+        if self.opcode is None and self.server.incomplete:
             self.server.incomplete.pop(self, None)
 
     def _on_request(self, request: Request) -> None:
@@ -1261,6 +1250,10 @@ class Connection:
         self._finish()
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.opcode not in (TEXT, BINARY, CONT):
+            self.flush()  # the protocol answers pings and closes
+        if self.protocol.state is not OPEN:
+            return
         if frame.opcode in (TEXT, BINARY, CONT):
             self._on_data(frame)
         wait = self.relay.pace(self.client, len(frame.data))
@@ -1780,7 +1773,7 @@ def save_connection(connection: Connection) -> dict[str, Any]:
         'name': client.name,
         'uuid': client.uuid and str(client.uuid),
         'user': client.user,
-        'token_hash': client.credentials.token_hash.hex(),
+        'token_hash': client.token_hash.hex(),
         'address': client.address,
         'response_type': client.response_type,
         'registration_order': client.registration_order,
@@ -1800,7 +1793,7 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
         client = connection.client
         client.name, client.address = saved['name'], saved['address']
         client.uuid = saved['uuid'] and UUID(saved['uuid'])
-        client.credentials = Credentials(saved['user'], bytes.fromhex(saved['token_hash']))
+        client.user, client.token_hash = saved['user'], bytes.fromhex(saved['token_hash'])
         client.response_type = saved['response_type']
         client.registration_order = saved['registration_order']
         connection.input += base64.b64decode(saved['input'])

@@ -3223,6 +3223,7 @@ async def test_tls_is_not_negotiated_again(tls, pem):
 @run_async
 async def test_a_defect_met_in_writing_to_one_peer_keeps_nothing_from_another(order, caplog):
     def fail():
+        holder(server, A).link.unflushed_bytes = 0
         raise RuntimeError('a defect')
 
     async with running_relay() as server, registered(server, C) as sender:
