@@ -51,7 +51,6 @@ import asyncio
 import base64
 import contextlib
 import datetime
-import errno
 import hashlib
 import ipaddress
 import itertools
@@ -2384,91 +2383,118 @@ def no_password() -> str:
 
 
 # ------------------------------------------------------------------------------- Check
+#
+# `relay.py --check URL`: two clients exchange an offer and an answer through a running relay. Only
+# the wire protocol is used, so the relay can be any: this one, ProxyStore's, one behind a proxy.
 
-# What a check may fail with, the first that fits, and where to look.
-FAILURES: dict[Any, str] = {
-    StartError: '{0}; look at the log of the relay',
-    MessageDecodeError: 'a WebSocket server, but no relay; look at the address',
-    ConnectionClosed: 'closed: {0}; look at the log of the relay',
-    InvalidStatus: 'HTTP {0.response.status_code}; look at the address: there is no relay',
-    (InvalidHandshake, EOFError): 'no relay; look at the port, and whether it is ws:// or wss://',
-    asyncio.TimeoutError: f'timed out after {CHECK_TIMEOUT} s; look at the firewall',
-    socket.gaierror: 'name not found; look at the address',
-    ssl.SSLCertVerificationError: '{0.verify_message}; look at --certfile, and at the address',
-    OSError: 'cannot connect ({0!r}); look at the port, and whether it is ws:// or wss://',
-    Exception: '{0.__class__.__name__}; is the address one like wss://relay.example.org:8765?',
+STATUS_HINTS = {  # where to look if this HTTP status is received in place of a WebSocket
+    401: 'check the token in the address, and --token-file',
+    426: 'a proxy in front of the relay does not pass on the Upgrade header',
+    **dict.fromkeys((502, 503, 504), 'a proxy answers, but the relay behind it does not'),
 }
+CERTIFICATE_HINT = 'check --certfile and the address; if it is self-signed, set SSL_CERT_FILE'
 
 
-async def check(url: str, other: str | None = None) -> str:
-    """Have two clients of its own meet through the relay at a URL; return how that went.
+async def check(url: str, other_url: str | None = None) -> str:
+    """Connect two clients through the relay at `url`; return a line that says how long it took.
 
-    With another URL, they meet through two relays. A relay may be one of ProxyStore's. Raises
-    StartError with what failed and where to look. Neither tells the token.
+    The second client uses `other_url` if given: two relays that share their clients. Raises
+    StartError with one line: what failed and where to look. Neither line contains a token.
     """
-    place = _place(url) + (f' and {_place(other)}' if other else '')
-    meet = partial(_meet, url, other or url)
+    place = ' and '.join(_without_token(one) for one in (url, other_url) if one is not None)
     try:
         try:
-            meeting = await asyncio.wait_for(meet('server'), CHECK_TIMEOUT)
-        except ConnectionClosed:
-            # So ends ProxyStore's later relay who speaks as to its earlier one.
-            meeting = await asyncio.wait_for(meet('relay'), CHECK_TIMEOUT)
+            result = await exchange(url, other_url or url, 'server')
+        except ConnectionClosed:  # ProxyStore's relay 0.6 and later accepts only the newer type
+            result = await exchange(url, other_url or url, 'relay')
     except Exception as error:
-        reason = next(FAILURES[kind] for kind in FAILURES if isinstance(error, kind))
-        if isinstance(error, InvalidStatus) and error.response.status_code == 401:
-            reason = 'HTTP 401; look at the token in the address, and at --token-file'
-        # One of several, where a name has several addresses.
-        if f'[Errno {errno.ECONNREFUSED}]' in str(error):
-            reason = 'refused; look whether the relay runs, and at the port'
-        if reason is FAILURES[Exception]:
-            place = '--check'  # what is no address may be a token
-        # What the relay says may have lines, and codes for a terminal.
-        raise StartError(f'{place}: {ascii(reason.format(error))[1:-1]}') from error
-    return f'ok: two clients met through {place} {meeting}'
+        # What a relay says may contain line breaks and terminal escapes.
+        raise StartError(f'{place}: {ascii(explain(error))[1:-1]}') from error
+    return f'ok: two clients connected through {place} {result}'
 
 
-def _place(url: str) -> str:
-    # A token may hold an @, a ? and, by mistake, the end of a line.
-    place = re.split('[?&]token=', ''.join(url.split()))[0]
-    return re.sub('//.*@', '//', place).partition('?')[0]
+def _without_token(url: str) -> str:
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ('ws', 'wss') and parts.hostname and parts.port != 0:
+            # The token may contain an @ or a ? and, by mistake, a line break.
+            url = re.split('[?&]token=', ''.join(url.split()))[0]
+            return re.sub('//.*@', '//', url).partition('?')[0]
+    raise StartError('--check: not an address such as wss://relay.example.org:8765')
 
 
-async def _meet(url: str, other_url: str, generation: str) -> str:
-    from websockets.asyncio.client import connect
+def explain(error: Exception) -> str:
+    """Return what failed for a client, and where to look."""
+    if isinstance(error, InvalidStatus):
+        status = error.response.status_code
+        return f'HTTP {status}; {STATUS_HINTS.get(status, "there is no relay at this address")}'
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f'{error.verify_message}; {CERTIFICATE_HINT}'
+    if isinstance(error, ConnectionClosed):
+        return f'closed: {error}; see the log of the relay'
+    if isinstance(error, MessageDecodeError):
+        return 'a WebSocket server, but not a relay; check the address'
+    if isinstance(error, asyncio.TimeoutError):
+        return f'connected, but no answer within {CHECK_TIMEOUT} s; check that it is a relay'
+    if isinstance(error, StartError):
+        return str(error)
+    # Other errors may quote the address, with its token.
+    known = isinstance(error, (OSError, EOFError, InvalidHandshake))
+    reason = str(error) if known else type(error).__name__
+    return f'{reason}; check the address, ws:// or wss://, and that the relay is running'
 
-    # What does not answer may not answer a close either.
-    dial = partial(connect, open_timeout=None, close_timeout=CHECK_TIMEOUT / 10)
-    async with dial(url) as one, dial(other_url) as other:
+
+async def exchange(url: str, other_url: str, generation: str) -> str:
+    """Register two clients, send an offer and an answer; return how long these took."""
+    async with await _connect(url) as one, await _connect(other_url) as other:
         uuids = {one: uuid4(), other: uuid4()}
         for websocket, uuid in uuids.items():
             request = ServerRegistration('check', uuid, f'{generation}_registration')
-            answer = ServerResponse(message_type=f'{generation}_response')
-            await _deliver(request, websocket, websocket, answer)
-        began = time.perf_counter()
+            response = ServerResponse(message_type=f'{generation}_response')
+            await deliver(request, websocket, websocket, response)
+        start = time.perf_counter()
         for kind, source, peer in (('offer', one, other), ('answer', other, one)):
             message = PeerConnection(uuids[source], 'check', uuids[peer], kind, 'v=0')
-            await _deliver(message, source, peer, message)
-        meeting = f'in {1000 * (time.perf_counter() - began):.1f} ms'
+            await deliver(message, source, peer, message)
+        result = f'in {1000 * (time.perf_counter() - start):.1f} ms'
         tls = one.transport.get_extra_info('ssl_object')
         if tls is None:
-            return meeting
-        left = ssl.cert_time_to_seconds(tls.getpeercert()['notAfter']) - time.time()
-        return f'{meeting} (certificate valid for {left / 86400:.0f} more days)'
+            return result
+        days = (ssl.cert_time_to_seconds(tls.getpeercert()['notAfter']) - time.time()) / 86400
+        return f'{result} (certificate valid for {days:.0f} more days)'
 
 
-async def _deliver(message: Message, source: Any, peer: Any, expected: Message) -> None:
-    """Send a message, and hear what is expected at the peer, before an error at the source."""
-    await source.send(encode(message))
-    hearing = [asyncio.ensure_future(websocket.recv()) for websocket in {source, peer}]
+async def _connect(url: str) -> Any:
+    from websockets.asyncio.client import connect
+
+    # Version 15 and later would use `https_proxy`, even for localhost; 14 has no such parameter.
+    newer = int(websockets_version.partition('.')[0]) >= 15
+    direct: dict[str, Any] = {'proxy': None} if newer else {}
     try:
-        done, _ = await asyncio.wait(hearing, return_when=asyncio.FIRST_COMPLETED)
+        opening = connect(url, open_timeout=None, close_timeout=1, **direct)
+        return await asyncio.wait_for(opening, CHECK_TIMEOUT)
+    except asyncio.TimeoutError:
+        hint = 'check the firewall, and that the relay is not stuck'
+        raise StartError(f'no WebSocket within {CHECK_TIMEOUT} s; {hint}') from None
+
+
+async def deliver(message: Message, source: Any, peer: Any, expected: Message) -> None:
+    """Send a message; raise StartError unless the peer receives what is expected."""
+    await source.send(encode(message))
+    receiving = [asyncio.ensure_future(websocket.recv()) for websocket in {source, peer}]
+    results = asyncio.as_completed(receiving, timeout=CHECK_TIMEOUT)
+    try:
+        received = decode(await next(results))
     finally:
-        for task in hearing:
+        for task in receiving:
             task.cancel()
-    heard = decode(done.pop().result())
-    if heard != expected:
-        raise StartError(vars(heard).get('message') or vars(heard).get('error') or 'no answer')
+    if received == message != expected:
+        raise StartError('an echo server, not a relay; check the address')
+    if received != expected:
+        reason = getattr(received, 'message', None) or getattr(received, 'error', None)
+        reason = str(reason or 'an unexpected message').rstrip('.')
+        hint = 'see the log of the relay or, if there are several, check their --nats'
+        raise StartError(f'{reason}; {hint}')
 
 
 # ------------------------------------------------------------------------------- Command line
