@@ -44,7 +44,7 @@ it, and `Connection` moves bytes between a socket and the relay. Around them: `L
 connections, `Backplane` links several relays over NATS, and `serve` starts and stops it all.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # relay.py needs Python 3.9 or newer
 
 import argparse
 import asyncio
@@ -73,6 +73,8 @@ from typing import Any, Callable, NamedTuple, Optional, get_type_hints
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
+if sys.version_info < (3, 9):
+    raise SystemExit('relay.py needs Python 3.9 or newer')
 try:
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
     from websockets.frames import Frame, Opcode
@@ -853,12 +855,12 @@ class RelayServer:
         """Send a text to a registered client. Return one of FORWARD_ERRORS if that fails."""
         peer = self._uuid_to_client.get((user, uuid))
         # A connection that is closing would lose the message.
-        if peer is None or not (link := peer.link).is_open:
+        if peer is None or not peer.link.is_open:
             return 'unknown_peer'
-        backlog = link.unsent_bytes
+        backlog = peer.link.unsent_bytes
         if backlog and backlog + len(data) > MAX_BACKLOG:
             return 'backlog'
-        link.write(data)
+        peer.link.write(data)
         self.counts['forwarded_messages'] += 1
         self.counts['forwarded_bytes'] += len(data)
         logger.debug('Forwarded to %s', uuid)
@@ -989,9 +991,10 @@ class TlsSession:
                 if not self.established:
                     self.session.do_handshake()
                     self.established = True
-                while chunk := self.session.read(TLS_RECORD):
+                while not self.ended:
+                    chunk = self.session.read(TLS_RECORD)
                     plain += chunk
-                self.ended = True
+                    self.ended = not chunk
             except ssl.SSLWantReadError:
                 continue
             except ssl.SSLError:
@@ -1688,9 +1691,12 @@ class Upgrader:
         """Run the new code until just before it would listen. Raises StartError if it fails."""
         pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         environment = {**os.environ, TRIAL: '1'}
+        # The child inherits the blocked signals: `systemctl kill` sends USR2 to it as well.
+        signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
         child = await asyncio.create_subprocess_exec(
             *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
         )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
         try:
             _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
         except asyncio.TimeoutError:
@@ -2304,15 +2310,16 @@ async def serve(
     # Several relays of one machine can share a port if NATS links them.
     await relay.listener.listen(host, port, reuse_port=bool(nats), inherited=inherited[0])
     listeners.append(relay.listener)
-    _log_addresses('Serving relay server', relay.listener)
+    if handover is None:
+        _log_addresses('Serving relay server', relay.listener)
     if metrics_port is not None:
         own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
         listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
         _log_addresses('Serving metrics', own)
-    if relay.tokens is None:
-        logger.warning('No --token-file: anyone who can reach this relay can use it')
     if handover is not None:
         handover.restore(relay, relay.listener)
+    elif relay.tokens is None:
+        logger.warning('No --token-file: anyone who can reach this relay can use it')
     if 'NOTIFY_SOCKET' in os.environ:
         beat(relay)
     notify('READY=1')
