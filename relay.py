@@ -314,7 +314,7 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError('a message must be a text frame, not a binary frame')
     decoder = _strict_decoder
-    if len(text) > STRICT_DECODE and not _has_long_number(text):
+    if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text):
         decoder = _decoder
     data = decoder.decode(text)
     if not isinstance(data, dict):
@@ -350,21 +350,13 @@ def _number(text: str) -> float:
     return float(text)
 
 
-# Calling `_number` for each number of a long text of zeros takes four times as long as the rest. A
-# long text is therefore searched for a long number first.
+# Calling `_number` for each number of a long text of zeros takes four times as long as the rest,
+# so a long text is searched for a long number first.
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number)
 _strict_decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_number
 )
-_TEN_DIGITS = re.compile('[0-9]{10}')
 _LONG_NUMBER = re.compile(f'(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}')
-
-
-def _has_long_number(text: str) -> bool:
-    # A run of more than 100 digits shows as ten digits in a row in every tenth character, which
-    # rules out most texts quickly. But so does `0,0,0,0,0,0,`.
-    sample = text[:: MAX_DIGITS // 10]
-    return bool(_TEN_DIGITS.search(sample) and _LONG_NUMBER.search(text))
 
 
 def shown(text: str) -> str:
@@ -987,26 +979,37 @@ class TlsSession:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.established = False
+        self.unpaid_bytes = 0  # of the handshake, or of answers that only OpenSSL asked for
         self.ended = False  # by the client, or by an error
 
     def decrypt(self, data: memoryview, plain: bytearray) -> None:
         """Append what received data means to `plain`. An answer may have to be sent after it."""
         # In pieces: the buffers between OpenSSL and Python never shrink.
         for start in range(0, len(data), TLS_RECORD // 4):
-            self.incoming.write(data[start : start + TLS_RECORD // 4])
+            piece = data[start : start + TLS_RECORD // 4]
+            self.incoming.write(piece)
             try:
                 if not self.established:
+                    self.unpaid_bytes += len(piece)
                     self.session.do_handshake()
-                    self.established = True
+                    self.established, self.unpaid_bytes = True, 0
                 while not self.ended:
                     chunk = self.session.read(TLS_RECORD)
                     plain += chunk
                     self.ended = not chunk
             except ssl.SSLWantReadError:
-                continue
+                self.ended = self.unpaid_bytes > TLS_RECORD
             except ssl.SSLError:
                 self.ended = True
-            return
+            if self.ended:
+                return
+
+    def answer(self) -> bytes:
+        """Return what OpenSSL has to send in answer to received data."""
+        data = self.outgoing.read()
+        if self.established:
+            self.unpaid_bytes += len(data)  # key updates; a client needs few or none
+        return data
 
     def encrypt(self, data: bytes) -> bytes:
         """Return what to send for some data. Raises ssl.SSLError after an error."""
@@ -1105,7 +1108,8 @@ class Connection:
 
     def _on_readable(self) -> None:
         try:
-            count = self.sock.recv_into(self.server.buffer)
+            # Less over TLS, where some records make OpenSSL work without any message to count.
+            count = self.sock.recv_into(self.server.buffer, TLS_RECORD if self.tls else 0)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -1125,7 +1129,7 @@ class Connection:
 
     def _decrypt(self, tls: TlsSession, data: memoryview) -> None:
         tls.decrypt(data, self.input)
-        self.send(tls.outgoing.read())
+        self.send(tls.answer())
         if tls.ended:
             self._on_eof()
         else:
@@ -1462,6 +1466,7 @@ class Listener:
         self.sockets: list[socket.socket] = []
         fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_connections = max_connections or max(1, fds - RESERVED_FDS)
+        self.accept_timer: asyncio.TimerHandle | None = None
         self.closed = asyncio.Event()
         # The connections that were not heard for the longest are first.
         self.connections = OrderedDict[Connection, None]()
@@ -1529,6 +1534,8 @@ class Listener:
 
     def stop_accepting(self) -> None:
         """Let new connections wait in the kernel."""
+        if self.accept_timer is not None:
+            self.accept_timer.cancel()
         for sock in self.sockets:
             self.loop.remove_reader(sock)
 
@@ -1553,7 +1560,7 @@ class Listener:
 
     def _stop_accepting_for_now(self, reason: str) -> None:
         self.stop_accepting()
-        self.loop.call_later(ACCEPT_RETRY, self.start_accepting)
+        self.accept_timer = self.loop.call_later(ACCEPT_RETRY, self.start_accepting)
         reason = f'{reason} ({len(self.connections)} are open)'
         self.relay.log_refusal('full', 'accept', 'new connections for now', reason)
 

@@ -3397,7 +3397,7 @@ async def test_other_clients_have_their_turn_while_long_messages_are_decoded(mon
                 wires.append(await (await stack.enter_async_context(wired(server))).register())
                 wires[-1].send(said(text)[:-1])
                 connection = await relay_side(server, wires[-1])
-                await until(lambda: len(connection.input) == len(said(text)) - 1)
+                await until(lambda c=connection: len(c.input) == len(said(text)) - 1)
             monkeypatch.setattr(relay, 'decode', note)
             for wire in wires:
                 wire.send(said(text)[-1:])
@@ -3538,7 +3538,7 @@ async def test_a_tls_handshake_of_single_bytes_has_no_more_time_than_another(tls
                 while connection in server.listener.connections:
                     heard = connection.last_heard
                     wire.send(bytes([next(hello)]))
-                    await until(lambda: connection.last_heard > heard or connection.finished)
+                    await until(lambda h=heard: connection.last_heard > h or connection.finished)
 
 
 @run_async
@@ -3553,7 +3553,7 @@ async def test_tls_clients_that_are_reset_while_paused_are_no_error(tls, pem, ca
                 for wire in wires:
                     wire.send(said('x' * 500) * 100)
                     connection = await relay_side(server, wire)
-                    await until(lambda: relay.RATE_LIMIT in connection.paused_for)
+                    await until(lambda c=connection: relay.RATE_LIMIT in c.paused_for)
                 for wire in wires:
                     wire.reset()
                 await until(lambda: not server.listener.connections)
@@ -3640,7 +3640,9 @@ async def test_out_of_memory_the_client_that_holds_the_most_is_closed(monkeypatc
             ):
                 wire.send(data)
                 connection = await relay_side(server, wire)
-                await until(lambda: connection.counted_bytes == len(data) or wire is last)
+                await until(
+                    lambda c=connection, n=len(data), w=wire: c.counted_bytes == n or w is last
+                )
             assert await most.end() == ([], CloseCode.TRY_AGAIN_LATER)
             innocent.send(offer[-1:])
             assert (await peer.hear())['source_uuid'] == str(innocent.peer.uuid)
