@@ -47,6 +47,7 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import importlib
 import itertools
 import json
 import logging.handlers
@@ -58,10 +59,10 @@ import socket
 import ssl
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
@@ -99,12 +100,15 @@ STOP_TIMEOUT = 12  # s for the relay to stop, whatever its clients do
 CHECK_TIMEOUT = 10  # s until a check has failed
 REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; all are counted
 MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
-ASK_TIMEOUT = 2  # s for another relay to take a message
-SPREAD_TIME = 0.05  # s until all NATS servers know who has subscribed
-DRAIN_TIMEOUT = 1  # s for what is on its way over NATS when the relay stops
-PULSE = 0.5  # s until the relay looks whether NATS is there, and tries again
-CLAIM_TURNS = 120  # of these until it claims its clients' UUIDs again
-MESSAGE_COST = 2**11  # bytes that a message takes, beside its text, while it is on its way
+NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
+SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
+NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
+CLAIM_BEATS = 120  # heartbeats between claims: a split of NATS servers ends without a sign
+CLAIM_SIZE = 2**12  # bytes of NATS' max_payload for each claim in a batch; most take 160
+UPGRADE_TIMEOUT = 5  # s for a relay that is being upgraded to claim its clients again
+DRAIN_TIMEOUT = 1  # s for messages in flight over NATS when the relay stops
+MESSAGE_COST = 2**12  # bytes of memory for a message in flight over NATS, besides its text
+MAX_IN_FLIGHT = 2**26  # bytes of all messages in flight over NATS
 MAX_SHOWN = 64  # characters of a client's text that the log or an answer repeats
 LIMITS: dict[str, Any] = {  # of a connection, as websockets names them
     'max_size': MAX_MESSAGE,
@@ -120,12 +124,12 @@ NATS_OPTIONS: dict[str, Any] = {
     'name': 'relay.py',
     'allow_reconnect': False,
     'max_reconnect_attempts': -1,  # until it is connected
-    'reconnect_time_wait': PULSE,
+    'reconnect_time_wait': NATS_HEARTBEAT,
     'no_echo': True,
-    # What is said is written before anything else is: else the library would take the end of a
-    # subscription for confirmed before NATS has heard of it, and lose what comes in between.
+    # Each command is written before the next one. Otherwise nats-py 2.16 pings before it has
+    # written that a subscription ends, and loses the messages that arrive after the pong.
     'pending_size': 1,
-    'flush_timeout': ASK_TIMEOUT,
+    'flush_timeout': NATS_REQUEST_TIMEOUT,
 }
 
 # ------------------------------------------------------------------------------- Messages
@@ -361,6 +365,8 @@ class RelayServer:
         self.backplane: Backplane | None = None
         # By source: when its last refusal was logged, and how many it had in all.
         self._refusals: dict[Any, tuple[float, int]] = {}
+        self._takeovers = Counter[tuple[str, 'UUID | None']]()
+        self._takeovers_end = 0.0
 
     def process_request(self, websocket: Any, request: Request) -> Response | None:
         """Answer what does not ask for a WebSocket, or shows no valid token where one is due."""
@@ -485,7 +491,7 @@ class RelayServer:
             holder.gone = loop.create_future()
             holder.gone.add_done_callback(lambda _: self._admit(client, request))
             loop.call_later(TAKEOVER_WAIT, holder.gone.cancel)
-            self.displace(holder)
+            self.displace(holder, client.address)
             return holder.gone
         return None
 
@@ -495,7 +501,7 @@ class RelayServer:
         # Whoever has taken the UUID meanwhile is displaced as well.
         key = (client.user, request.uuid)
         if key in self._uuid_to_client:
-            self.displace(self._uuid_to_client[key])
+            self.displace(self._uuid_to_client[key], client.address)
         if client.deadline is not None:
             client.deadline.cancel()
             client.deadline = None
@@ -509,9 +515,22 @@ class RelayServer:
         self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
-    def displace(self, client: Client) -> None:
-        """Close a client whose UUID has registered anew."""
+    def displace(self, client: Client, by: str) -> None:
+        """Close a client whose UUID was registered again, by a client at this address."""
         self.counts['displaced_registrations'] += 1
+        now, key = time.monotonic(), (client.user, client.uuid)
+        if now >= self._takeovers_end:
+            self._takeovers.clear()
+            self._takeovers_end = now + REFUSAL_INTERVAL
+        self._takeovers[key] += 1
+        if self._takeovers[key] == 3:
+            logger.warning(
+                'UUID %s is registered again and again by %s and %s; two endpoints probably share '
+                'one configuration: give one of them a new UUID',
+                client.uuid,
+                client.address,
+                by,
+            )
         self._close(client, 4004 if client.response_type == 'relay_response' else 1001, DISPLACED)
 
     def _close(self, client: Client, code: int, reason: str) -> None:
@@ -523,7 +542,7 @@ class RelayServer:
         """Remove a registration and close its connection: with 1000, or as displaced."""
         client = self._websocket_to_client.get(websocket)
         if client is not None:
-            self._close(client, 1000, '') if expected else self.displace(client)
+            self._close(client, 1000, '') if expected else self.displace(client, 'unregister')
 
     def _remove(self, client: Client, reason: str) -> None:
         if client.deadline is not None:
@@ -979,258 +998,348 @@ def _digest(token: str) -> bytes:
 
 # ------------------------------------------------------------------------------- Scale-out
 
+# Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
+#
+#   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
+#       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
+#       which replies for each message, separated by commas: nothing, or a key of UNFORWARDED.
+#   relay.claims: {"version": 1, "upgrading": bool, "claims": [[subject, stamp, id, age, address]]}
+#
+# How it may change: readers ignore additional keys and additional items at the end of a claim, and
+# take an unknown verdict for "disconnected". Anything else needs another version, whose claims
+# older relays ignore with a WARNING: all relays have to know it before the first one uses it.
+
+
+class Claim(NamedTuple):
+    """A client's claim to its UUID; of several, the highest (stamp, id) holds it.
+
+    Plain values: another process on this host can announce the same claim again.
+    """
+
+    stamp: int  # ns, wall clock at registration, or higher to outbid an older client
+    id: str  # unique; decides between equal stamps
+    since: float  # s, monotonic clock at registration; on Linux the same in all processes
+
 
 class Backplane:
-    """Has clients of different relays meet, over NATS. Nothing here runs without --nats.
+    """A relay's connection to the other relays, and everything it has in flight there.
 
-    Each registered client is a subscription. A message for a UUID that is not here is a request to
-    its subject: the relay that has it answers with the verdict, NATS itself that nobody has it.
+    Each client in `claims` is a NATS subscription, listed in `subscriptions` once it is made. If
+    the connection fails in any way, a new one subscribes and claims all clients again.
 
-    A registration claims its UUID on the same subject, with a stamp and its age. Who hears of a
-    higher stamp goes, or claims a still higher one if it is certainly the younger. So the highest
-    stamp that was ever claimed stays, whatever is late, lost or wrong about the time.
+    Messages to other relays wait in `queues`, one for each sender and peer. A queue sends a batch
+    and waits for its verdicts: so they stay in order, each has one outcome, and however slow the
+    link, a burst needs two round trips.
     """
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
-        package = "'nats-py[nkeys]'" if credentials else 'nats-py'
-        try:
-            from nats.aio.client import Client as Connection
-
-            if credentials:
-                __import__('nkeys')
-                with open(credentials, 'rb') as file:
-                    if b'BEGIN USER NKEY SEED' not in file.read():
-                        raise StartError(f'{credentials} holds no credentials for NATS')
-        except ImportError as error:
-            raise StartError(f'--nats: {error}; pip install {package} mends it') from error
-        except OSError as error:
-            raise StartError(f'cannot read {credentials}: {error.strerror}') from error
-        self.relay, self.make_connection = relay, Connection
+        self.relay, self.library = relay, _import_nats(credentials)
+        self.faults = self.library.errors.Error, OSError, asyncio.TimeoutError
         self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
         self.nats: Any = None  # the connection, while there is one
-        self.round_trip = 0.0  # s, to NATS and back
-        self.faults: set[str] = set()  # that were logged since there was a connection
-        # By client: its stamp and since when it is registered; and its subscription.
-        self.claims: dict[Client, tuple[int, str, float]] = {}
-        self.subscriptions: dict[Client, asyncio.Future[Any]] = {}
-        # The last message on its way, by who sent it and to whom: the next one has to wait for it.
-        self.sent: dict[tuple[Client, UUID], asyncio.Future[None]] = {}
-        self.bytes = Counter[Client]()  # on their way, by who sent them
-        self.tasks: set[asyncio.Future[Any]] = set()  # of this connection
-        self.running = asyncio.ensure_future(self._run())
+        self.max_payload, self.round_trip = 0, 0.0  # bytes; s, to NATS and back
+        self.logged: set[str] = set()  # faults logged since the last connection was made
+        self.claims: dict[Client, Claim] = {}
+        self.clients: dict[str, Client] = {}  # those in `claims`, by subject
+        self.subscriptions: dict[Client, Any] = {}
+        self.unclaimed: asyncio.Queue[Client] = asyncio.Queue()  # to subscribe and claim next
+        self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
+        self.queues: dict[tuple[Client, UUID], deque[bytes]] = {}
+        self.in_flight, self.total_in_flight = Counter[Client](), 0  # bytes
+        self.tasks: set[asyncio.Future[Any]] = set()  # cancelled when the connection has failed
+        self.unfinished: set[asyncio.Future[Any]] = set()  # close() waits for these
+        self.running = self._start(self._run())
 
     @property
     def connected(self) -> bool:
-        """Return whether there is a connection: without, a request would wait for its time-out."""
-        return self.nats is not None and self.nats.is_connected
+        return self.nats is not None and bool(self.nats.is_connected)
 
     def gauges(self) -> dict[str, float]:
-        """Return how the connection does, by the names of metrics."""
+        """Return the state of the connection, by names of metrics."""
         names = 'relay_nats_connected', 'relay_nats_round_trip_seconds'
         return dict(zip(names, (int(self.connected), self.round_trip)))
 
     async def _run(self) -> None:
-        """Be connected, for as long as it takes."""
         while True:
-            # A new one each time: what the library has kept of the last one is late, or wrong.
-            nats = self.make_connection()
+            nats = self.library.NATS()  # a new one: it carries over state of a lost connection
             try:
                 await nats.connect(error_cb=self._on_error, **self.options)
-                self.nats = nats
-                await self._stay_connected()
-            except Exception as error:  # the library's, the network's: none is the last
+                await self._serve(nats)
+            except Exception as error:
                 self.nats = None
                 await self._on_error(error)
             finally:
                 self.nats = None
                 self.subscriptions.clear()
-                # Where nobody reads, this lasts as long as the system tries.
-                closing = asyncio.gather(nats.close(), return_exceptions=True)
-                await asyncio.wait({closing}, timeout=PULSE)
+                # If the server does not read, close() lasts until the kernel gives up.
+                await asyncio.wait({self._start(nats.close())}, timeout=NATS_HEARTBEAT)
                 for task in self.tasks:
                     task.cancel()
-            await asyncio.sleep(PULSE)
+                # nats-py 2.16: after a connection reset, close() leaves their tasks running.
+                for subscription in list(getattr(nats, '_subs', {}).values()):
+                    subscription._stop_processing()
+            await asyncio.sleep(NATS_HEARTBEAT)
 
-    async def _stay_connected(self) -> None:
-        # The library takes news of the cluster for the answer to its first ping, which is lost.
-        if not self.connected:
+    async def _serve(self, nats: Any) -> None:
+        """Use a connection until it fails, which raises an exception."""
+        if not nats.is_connected:  # nats-py 2.16 may take other news for the answer to its ping
             raise ConnectionError('interrupted by news of the cluster')
-        self.faults.clear()
-        where = self.nats.connected_url
-        logger.info('NATS is connected: %s:%d', where.hostname, where.port)
-        for turn in itertools.count():
-            if turn % CLAIM_TURNS == 0:
-                self._start(self._claim_all())
-            # The library fails on the answer to a ping that was given up: so none is.
-            pulse = self._start(self.nats.rtt(timeout=2 * STALL_TIMEOUT))
-            if not (await asyncio.wait({pulse}, timeout=ASK_TIMEOUT))[0]:
-                raise TimeoutError(f'no answer within {ASK_TIMEOUT} s')
-            self.round_trip = pulse.result()
-            await asyncio.sleep(PULSE)
+        await nats.subscribe('relay.claims', cb=self._on_claims)
+        self.nats, self.max_payload, self.unclaimed = nats, nats.max_payload, asyncio.Queue()
+        self.logged.clear()
+        logger.info('NATS is connected: %s', nats.connected_url.netloc.rpartition('@')[2])
+        claiming = self._start(self._claim_clients(nats), self.tasks)
+        for beat in itertools.count():
+            # Again at the second beat, when all NATS servers know that this relay hears claims.
+            for client in self.claims if beat == 1 or beat % CLAIM_BEATS == 0 else ():
+                self.unclaimed.put_nowait(client)
+            # Without a time-out, because nats-py 2.16 fails on a late answer.
+            ping = self._start(nats.rtt(timeout=float('inf')), self.tasks)
+            for _ in range(4):  # in steps: if this process stalls, it still reads the answer
+                await asyncio.wait({ping}, timeout=NATS_REQUEST_TIMEOUT / 4)
+            if not ping.done():
+                raise TimeoutError(f'no answer within {NATS_REQUEST_TIMEOUT} s')
+            self.round_trip = ping.result()
+            if claiming.done():
+                claiming.result()
+            await asyncio.sleep(NATS_HEARTBEAT)
 
-    async def _on_error(self, error: Exception) -> None:
-        # Without what it says of one client, and the name that each of them begins with.
-        fault = (str(error) or type(error).__name__).partition('"')[0].rpartition('nats: ')[2]
-        fault = fault.strip(" '")
-        if fault not in self.faults:
-            self.faults.add(fault)
-            lost = '' if self.connected else '; clients of other relays cannot be reached'
-            logger.warning('NATS: %s%s', fault, lost)
-
-    def _start(self, work: Any) -> asyncio.Future[Any]:
+    def _start(self, work: Any, *sets: set[asyncio.Future[Any]]) -> asyncio.Future[Any]:
+        """Run a coroutine as a task that is in these sets until it is done."""
         task: asyncio.Future[Any] = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        # Else asyncio logs its exception: that NATS is lost is told in one line.
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        task.add_done_callback(self._on_done)
+        for tasks in sets:
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
         return task
 
-    async def close(self) -> None:
-        """Have what is on its way delivered, here and elsewhere, and leave."""
-        waiting = {self._start(self._release(held)) for held in self.subscriptions.values()}
-        waiting |= set(self.sent.values())
-        if waiting and self.connected:
-            await asyncio.wait(waiting, timeout=DRAIN_TIMEOUT)
-        while not self.running.done():  # the library may take it for a cancellation of its own
-            self.running.cancel()
-            await asyncio.wait({self.running}, timeout=PULSE)
+    def _on_done(self, task: asyncio.Future[Any]) -> None:
+        # Faults are left to those who wait for the task, and to the heartbeat.
+        if not task.cancelled() and not isinstance(task.exception(), (*self.faults, type(None))):
+            logger.error('Internal error while using NATS', exc_info=task.exception())
 
-    def announce(self, client: Client) -> None:
-        """Have messages for a client come here, and whoever has its UUID elsewhere displaced."""
-        self.claims[client] = time.time_ns(), uuid4().hex, time.monotonic()
-        if self.connected:
-            self.subscriptions[client] = self._start(self._subscribe(client))
+    async def _on_error(self, error: BaseException) -> None:
+        """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
+        # nats-py puts its name in front of its texts, and quotes subjects in some.
+        text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '")
+        text = text or type(error).__name__
+        if not isinstance(error, self.faults):
+            logger.error('Internal error while using NATS', exc_info=error)
+        elif text not in self.logged:
+            self.logged.add(text)
+            lost = '' if self.connected else '; clients of other relays cannot be reached'
+            logger.warning('NATS: %s%s', text, lost)
+
+    async def close(self, upgrading: bool = False) -> None:
+        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS; keep `claims`.
+
+        When `upgrading`, other relays hold messages to unknown peers until this relay's clients
+        are announced again, or send them back as disconnected.
+        """
+        if self.connected and upgrading:
+            work = self._publish_claims(self.nats, [], True)
+            self._start(work, self.tasks, self.unfinished)
+        for client in list(self.subscriptions):
+            self._unsubscribe(client)
+        if self.connected and self.unfinished:
+            await asyncio.wait(self.unfinished, timeout=DRAIN_TIMEOUT)
+        while not self.running.done():  # nats-py may take a cancellation for one of its own
+            self.running.cancel()
+            await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
+        if self.unfinished:  # with the connection gone, these messages come back
+            await asyncio.wait(self.unfinished)
+
+    def announce(self, client: Client, claim: Claim | None = None) -> None:
+        """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
+        self.claims[client] = claim or Claim(time.time_ns(), uuid4().hex, time.monotonic())
+        self.clients[_subject(client.user, client.uuid)] = client
+        self.unclaimed.put_nowait(client)
 
     def withdraw(self, client: Client) -> None:
-        """Have nothing come here any more for a client."""
-        del self.claims[client]
+        """Unsubscribe from a client's messages."""
+        del self.claims[client], self.clients[_subject(client.user, client.uuid)]
+        self._unsubscribe(client)
+
+    def _unsubscribe(self, client: Client) -> None:
         if client in self.subscriptions:
-            self._start(self._release(self.subscriptions.pop(client)))
+            draining = self.subscriptions.pop(client).drain()
+            self._start(draining, self.tasks, self.unfinished)
 
-    async def _subscribe(self, client: Client) -> Any:
-        hear = partial(self._hear, client)
-        subscription = await self.nats.subscribe(_subject(client.user, client.uuid), cb=hear)
-        # Of a claim made at this very moment, another relay may hear before it is heard of.
-        for pause in (SPREAD_TIME, 0):
-            await self._claim(client)
-            await asyncio.sleep(pause)
-        return subscription
+    async def _claim_clients(self, nats: Any) -> None:
+        """Subscribe and claim clients, in batches, whenever there are any to claim."""
+        while True:
+            batch = [await self.unclaimed.get()]
+            while not self.unclaimed.empty() and len(batch) < nats.max_payload // CLAIM_SIZE:
+                batch.append(self.unclaimed.get_nowait())
+            for client in batch:
+                if client in self.claims and client not in self.subscriptions:
+                    on_request = partial(self._on_request, nats, client)
+                    where = _subject(client.user, client.uuid)
+                    self.subscriptions[client] = await nats.subscribe(where, 'relays', on_request)
+                    if client not in self.claims:  # it left in the meantime
+                        self._unsubscribe(client)
+            await self._publish_claims(nats, [client for client in batch if client in self.claims])
 
-    async def _release(self, subscribing: asyncio.Future[Any]) -> None:
-        await (await subscribing).drain()
+    async def _publish_claims(
+        self, nats: Any, clients: list[Client], upgrading: bool = False
+    ) -> None:
+        now, claims = time.monotonic(), []
+        for client in clients:
+            stamp, name, since = self.claims[client]
+            where = _subject(client.user, client.uuid)
+            claims.append((where, stamp, name, now - since, client.address))
+        batch = {'version': 1, 'upgrading': upgrading, 'claims': claims}
+        await nats.publish('relay.claims', json.dumps(batch).encode())
 
-    async def _claim_all(self) -> None:
-        """Subscribe who is not; claim again: some may have registered twice with NATS split."""
-        for client in list(self.claims):
-            if client in self.subscriptions:
-                await self._claim(client)
-            elif client in self.claims:
-                self.subscriptions[client] = self._start(self._subscribe(client))
-            await asyncio.sleep(0)
+    async def _on_claims(self, message: Any) -> None:
+        batch, now = json.loads(message.data), time.monotonic()
+        if batch['version'] != 1:
+            raise ConnectionError('another relay makes claims of a version not known here')
+        if batch.get('upgrading'):
+            self.upgrade_ends = now + UPGRADE_TIMEOUT
+        for where, stamp, name, age, address, *_ in batch['claims']:
+            if where in self.clients:
+                self._compare(self.clients[where], Claim(stamp, name, now - age), address)
 
-    async def _claim(self, client: Client) -> None:
-        if client in self.claims:
-            *stamp, since = self.claims[client]
-            claim = json.dumps([*stamp, time.monotonic() - since])
-            await self.nats.publish(_subject(client.user, client.uuid), claim.encode())
+    def _compare(self, client: Client, claim: Claim, address: str) -> None:
+        """Displace a client if another relay's claim to its UUID is better, or answer it.
 
-    async def _hear(self, client: Client, message: Any) -> None:
-        """Deal with what another relay has for a client: a message, or a claim to its UUID."""
-        if message.reply:
-            kind: str | None = 'unknown_peer'
-            if client in self.claims and client.uuid:
-                kind = self.relay.deliver(client.user, client.uuid, message.data)
-            else:
-                # Who has the UUID now is to answer before.
-                await asyncio.sleep(SPREAD_TIME)
-            await message.respond((kind or '').encode())
-        elif client in self.claims:
-            count, name, age = json.loads(message.data)
-            own_count, own_name, since = self.claims[client]
-            if (count, name) > (own_count, own_name):
-                # On its way, a claim does not age: who claims to be older is older.
-                if age <= time.monotonic() - since:
-                    return self.relay.displace(client)
-                self.claims[client] = count + 1, own_name, since
-            if name != own_name:
-                await self._claim(client)
-        if not self.connected:
-            raise asyncio.CancelledError  # the library may have ignored its own, and would go on
+        A registers at relay 1, and 5 s later at relay 2. Relay 1 hears a higher stamp of a younger
+        client, and displaces its own. If the clock of relay 2 is slow by more than that, relay 1
+        hears a lower stamp, and answers with its claim. Relay 2 hears a higher stamp, but of an
+        older client: it outbids the stamp, and relay 1 displaces its client after all. As a claim
+        does not age on its way, a late one may keep the older client where clocks differ.
+        """
+        own = self.claims[client]
+        if claim[:2] > own[:2] and claim.since >= own.since:
+            self.relay.displace(client, f'{address} (on another relay)')
+        elif claim.id != own.id:
+            self.claims[client] = own._replace(stamp=max(own.stamp, claim.stamp + 1))
+            self.unclaimed.put_nowait(client)
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
-        """Forward a message, here or elsewhere, or return which of UNFORWARDED it is.
+        """Forward a message, here or to another relay, or return a key of UNFORWARDED.
 
-        What goes elsewhere has its verdict later, and what follows to the same peer waits for it.
+        If another relay cannot deliver it, it is sent back later.
         """
-        before = self.sent.get((client, message.peer_uuid))
-        if before is None:
+        key, size = (client, message.peer_uuid), len(data) + MESSAGE_COST
+        if key not in self.queues:
             kind = self.relay.deliver(client.user, message.peer_uuid, data)
             if kind != 'unknown_peer':
                 return kind
-        if not self.connected:
+        if not self.connected or self.total_in_flight + size > MAX_IN_FLIGHT:
             return 'disconnected'
-        size = len(data) + MESSAGE_COST
-        if self.bytes[client] and self.bytes[client] + size > MAX_BACKLOG:
+        if len(data) > self.max_payload:
+            return 'too_long'
+        if self.in_flight[client] and self.in_flight[client] + size > MAX_BACKLOG:
             return 'backlog'
-        self.bytes[client] += size
-        sending = asyncio.ensure_future(self._send(before, client, message, data))
-        self.sent[client, message.peer_uuid] = sending
+        self._count(client, size)
+        if key not in self.queues:
+            self.queues[key] = deque()
+            self._start(self._send_queue(*key), self.unfinished)
+        self.queues[key].append(data)
         return None
 
-    async def _send(
-        self, before: Any, client: Client, message: PeerConnection, data: bytes
-    ) -> None:
-        asked = time.monotonic()
-        if before is not None:
-            await asyncio.wait({before})
-        asking = asyncio.ensure_future(self._ask(asked, client.user, message.peer_uuid, data))
-        left = asked + ASK_TIMEOUT - time.monotonic()
-        # It is not waited for any longer: the library may go on when it is cancelled. Nor is it
-        # begun if it would arrive, but most likely not be answered in time, and come back too.
-        if left > SPREAD_TIME:
-            await asyncio.wait({asking}, timeout=left)
-        kind = asking.result() if asking.done() else 'disconnected'
-        asking.cancel()
-        self.bytes[client] -= len(data) + MESSAGE_COST
-        if not self.bytes[client]:
-            del self.bytes[client]
-        if self.sent[client, message.peer_uuid] is asyncio.current_task():
-            del self.sent[client, message.peer_uuid]
-        if kind is not None and client.websocket.state is OPEN:
-            self.relay.send_back(client, message, kind)
+    def _count(self, client: Client, size: int) -> None:
+        self.total_in_flight += size
+        self.in_flight[client] += size
+        if not self.in_flight[client]:
+            del self.in_flight[client]
 
-    async def _ask(self, asked: float, user: str, uuid: UUID, data: bytes) -> str | None:
-        from nats.errors import NoRespondersError
-
-        while True:
-            # It may have come here meanwhile.
-            kind = self.relay.deliver(user, uuid, data)
-            if kind != 'unknown_peer':
-                return kind
-            if not self.connected:
-                return 'disconnected'
-            if len(data) > self.nats.max_payload:
-                return 'too_long'
+    async def _send_queue(self, client: Client, uuid: UUID) -> None:
+        """Send a queue in batches, and send back what is not delivered."""
+        queue = self.queues[client, uuid]
+        while queue:
+            batch, room = [queue.popleft()], self.max_payload
+            while queue and len(queue[0]) < (room := room - len(batch[-1]) - 1):
+                batch.append(queue.popleft())
             try:
-                answer = await self.nats.request(_subject(user, uuid), data, ASK_TIMEOUT)
-                if answer.data != b'unknown_peer':
-                    self.relay.counts['remote_messages'] += not answer.data
-                    return answer.data.decode() or None
-            except NoRespondersError:
-                pass
-            except Exception as error:  # whatever it is, the message has a verdict
-                logger.debug('NATS: %r', error)
-                return 'disconnected'
-            if time.monotonic() - asked >= SPREAD_TIME:
-                self.relay.counts['remote_unknown'] += 1
-                return 'unknown_peer'
-            # Not all NATS servers may know yet who has just registered.
-            await asyncio.sleep(SPREAD_TIME)
+                verdicts = await self._send_batch(client.user, uuid, batch)
+            except Exception as error:
+                await self._on_error(error)
+                verdicts = ['disconnected'] * len(batch)
+            if 'disconnected' in verdicts:
+                # It may have arrived, or still arrive: nothing is sent that could overtake it.
+                verdicts += ['disconnected'] * len(queue)
+                batch += queue
+                queue.clear()
+            for data, kind in zip(batch, verdicts):
+                self._count(client, -len(data) - MESSAGE_COST)
+                if kind is not None and client.websocket.state is OPEN:
+                    message: Any = decode(data.decode())
+                    self.relay.send_back(client, message, kind)
+        del self.queues[client, uuid]
+
+    async def _send_batch(self, user: str, uuid: UUID, batch: list[bytes]) -> list[str | None]:
+        """Return the verdict for each message; try again while none can have arrived."""
+        deadline, misses = time.monotonic() + NATS_REQUEST_TIMEOUT, 0
+        while self.connected and time.monotonic() < deadline - SUBSCRIPTION_PROPAGATION:
+            # It may have registered here in the meantime.
+            verdicts = self._deliver(user, uuid, batch)
+            if verdicts[0] != 'unknown_peer':
+                return verdicts
+            request = self._start(
+                self._request(self.nats, _subject(user, uuid), batch), self.tasks
+            )
+            await asyncio.wait({request}, timeout=deadline - time.monotonic())
+            if not request.done() or request.cancelled():
+                request.cancel()
+                break
+            verdicts = list(request.result())
+            # 'unknown_peer' is from a relay that has just lost the client to another.
+            if verdicts and verdicts[0] != 'unknown_peer':
+                self.relay.counts['remote_messages'] += verdicts.count(None)
+                return verdicts
+            misses = 0 if verdicts else misses + 1
+            if misses > 1 and time.monotonic() > self.upgrade_ends:
+                self.relay.counts['remote_unknown'] += len(batch)
+                return ['unknown_peer'] * len(batch)
+            await asyncio.sleep(SUBSCRIPTION_PROPAGATION)
+        return ['disconnected'] * len(batch)
+
+    def _deliver(self, user: str, uuid: Any, batch: list[bytes]) -> list[str | None]:
+        return [self.relay.deliver(user, uuid, data) for data in batch]
+
+    async def _request(self, nats: Any, where: str, batch: list[bytes]) -> list[str | None]:
+        """Return the verdicts of the relay that holds a client, none if no relay does."""
+        try:
+            reply = await nats.request(where, b'\0'.join(batch), timeout=float('inf'))
+        except self.library.errors.NoRespondersError:
+            return []
+        verdicts = [kind or None for kind in reply.data.decode(errors='replace').split(',')]
+        if len(verdicts) != len(batch) or not {None, *UNFORWARDED}.issuperset(verdicts):
+            raise ConnectionError('another relay gave a verdict not known here')
+        return verdicts
+
+    async def _on_request(self, nats: Any, client: Client, message: Any) -> None:
+        if message.reply:
+            verdicts = self._deliver(client.user, client.uuid, message.data.split(b'\0'))
+            await message.respond(','.join(kind or '' for kind in verdicts).encode())
+        if nats.is_closed:  # nats-py 2.16 may have ignored a cancellation, and would go on
+            raise asyncio.CancelledError
 
 
 def _subject(user: str, uuid: UUID | None) -> str:
-    # In hexadecimal: to NATS, some characters of names mean something.
-    return f'relay.{user.encode().hex() or "-"}.{uuid}'
+    # In hexadecimal: some characters of names mean something to NATS.
+    return f'relay.client.{user.encode().hex() or "-"}.{uuid}'
+
+
+def _import_nats(credentials: str | None) -> Any:
+    """Return the package of nats-py; raises StartError if it or the credentials cannot be used."""
+    package = "'nats-py[nkeys]'" if credentials else 'nats-py'
+    try:
+        import nats.aio.client
+
+        if credentials:
+            importlib.import_module('nkeys')
+            with open(credentials, 'rb') as file:
+                if b'BEGIN USER NKEY SEED' not in file.read():
+                    raise StartError(f'{credentials} holds no credentials for NATS')
+    except ImportError as error:
+        raise StartError(f'--nats: {error}; try: pip install {package}') from error
+    except OSError as error:
+        raise StartError(f'cannot read {credentials}: {error.strerror}') from error
+    return nats
 
 
 # ------------------------------------------------------------------------------- Operations
