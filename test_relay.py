@@ -3606,6 +3606,9 @@ async def settled(*servers):
     """Wait until nothing is on its way, and nobody is about to be subscribed."""
     for backplane in (server.backplane for server in servers):
         await until(functools.partial(is_settled, backplane))
+    for backplane in 2 * [server.backplane for server in servers]:
+        if backplane.connected:  # so that what was published before has been heard
+            await backplane.nats.flush()
 
 
 def is_settled(backplane):
