@@ -4398,6 +4398,360 @@ async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplo
     assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
 
 
+# ------------------------------------------------------------------------------- Checker
+
+
+class Link:
+    """A TCP proxy that can be cut, stalled, or slow."""
+
+    def __init__(self, port, delay=0):
+        self.port, self.delay = port, delay  # s, each way
+        self.flowing, self.cut, self.transports = asyncio.Event(), False, set()
+        self.flowing.set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.accept, '127.0.0.1', 0)
+        self.url = 'nats://127.0.0.1:%d' % self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        self.reset()
+
+    def reset(self):
+        """Reset all connections."""
+        for transport in self.transports:
+            transport.abort()
+
+    async def accept(self, reader, writer):
+        self.transports.add(writer.transport)
+        try:
+            far_reader, far_writer = await asyncio.open_connection('127.0.0.1', self.port)
+            self.transports.add(far_writer.transport)
+            if self.cut:
+                self.reset()
+            copies = self.copy(reader, far_writer), self.copy(far_reader, writer)
+            await asyncio.gather(*copies)
+            self.transports.discard(far_writer.transport)
+        except (OSError, asyncio.CancelledError):
+            writer.transport.abort()
+        self.transports.discard(writer.transport)
+
+    async def copy(self, reader, writer):
+        pieces, loop = asyncio.Queue(), asyncio.get_running_loop()
+
+        async def write():
+            while (piece := await pieces.get()) is not None:
+                await asyncio.sleep(piece[0] - loop.time())
+                await self.flowing.wait()
+                writer.write(piece[1])
+            writer.transport.abort()
+
+        writing = asyncio.ensure_future(write())
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                pieces.put_nowait((loop.time() + self.delay, data))
+        pieces.put_nowait(None)
+        await writing
+
+
+class Attempt:
+    """A client's registration in the checker: a connection, and what became of it."""
+
+    def __init__(self, uuid, place, began):
+        self.uuid, self.place, self.began = uuid, place, began
+        self.websocket = self.registered = self.ended = None
+        self.last_heard = {}  # number of the last message, by sender
+
+    @property
+    def alive(self):
+        return self.registered is not None and self.ended is None
+
+
+class Process:
+    """A program of the checker that can be killed, frozen and started again."""
+
+    def __init__(self, folder, name, command):
+        self.log, self.command = Path(folder, name), [str(word) for word in command]
+        self.deaths = []
+        self.start()
+
+    def start(self):
+        with self.log.open('ab') as log:
+            self.child = subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def kill(self):
+        self.deaths.append(time.monotonic())
+        self.child.kill()
+        self.child.wait()
+
+
+class Checker:
+    """Relays, NATS servers and clients that exchange numbered messages while faults happen.
+
+    It sees only what clients see, and the logs: one outcome for each message, in order; one
+    holder of each UUID, the one that registered last; nobody dropped without a reason; no ERROR.
+    """
+
+    def __init__(self, seed, relays, servers, faults):
+        self.random, self.size, self.faults = random.Random(seed), (relays, servers), faults
+        self.attempts, self.problems = [], []
+        self.holders = {UUID(int=n): None for n in range(1, 13)}  # the last attempt, by UUID
+        self.messages, self.outcomes = [], {}
+        self.counts = dict.fromkeys(['messages', 'takeovers', 'faults'], 0)
+
+    async def start(self, stack, folder):
+        """Start servers, links and relays."""
+        relays, servers = self.size
+        ports = [stack.enter_context(port_to_come()) for _ in range(relays + 2 * servers)]
+        self.servers, self.routes = [], []
+        for n in range(servers):
+            lines = ['listen: "127.0.0.1:%d"' % ports.pop()]
+            if servers > 1:
+                text = 'name: c, no_advertise: true, listen: "127.0.0.1:%d", routes: [%s]'
+                urls = ', '.join('"%s"' % link.url for link in self.routes)
+                lines.append('cluster: {%s}' % text % (ports[-1], urls))
+                self.routes.append(await stack.enter_async_context(Link(ports.pop())))
+            path = Path(folder, f'{n}.conf')
+            path.write_text('\n'.join(lines))
+            self.servers.append(Process(folder, f'nats-{n}', [NATS_SERVER, '-c', path]))
+            self.servers[-1].port = int(re.search(r':(\d+)', lines[0])[1])
+        self.links, self.relays = [], []
+        for n in range(relays):
+            links = [await stack.enter_async_context(Link(s.port)) for s in self.servers]
+            options = [word for link in links for word in ('--nats', link.url)]
+            command = [sys.executable, HERE / 'relay.py', '--host', '127.0.0.1', '--rate', 0]
+            command += ['--port', ports.pop(), *options]
+            self.relays.append(Process(folder, f'relay-{n}', command))
+            self.relays[-1].url = f'ws://127.0.0.1:{command[7]}'
+            self.links += links
+        for process in self.relays + self.servers:
+            stack.callback(process.kill)
+        stack.callback(lambda: [link.server.close() for link in self.links])
+        await self.wait_for(lambda: all(b'connected' in r.log.read_bytes() for r in self.relays))
+
+    async def wait_for(self, condition, patience=30):
+        """Wait until a condition holds; return whether it does."""
+        end = time.monotonic() + patience
+        while not condition() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return condition()
+
+    async def register(self, uuid, place):
+        """Register a UUID with a relay, if that works, and listen until the connection ends."""
+        attempt, before = Attempt(uuid, place, time.monotonic()), self.holders.get(uuid)
+        try:
+            attempt.websocket = await open_websocket(self.relays[place].url, open_timeout=5)
+            peer = Peer(attempt.websocket, uuid)
+            await peer.say(peer.registration())
+            answer = await asyncio.wait_for(peer.hear(), 10)
+            assert answer == peer.response(), answer
+        except (OSError, EOFError, asyncio.TimeoutError, WebSocketException):
+            if attempt.websocket is not None:
+                attempt.websocket.transport.abort()
+                # It may have been registered without knowing it, and holds the UUID for a moment.
+                attempt.ended = time.monotonic()
+                self.attempts.append(attempt)
+            return None
+        attempt.registered = time.monotonic()
+        self.attempts.append(attempt)
+        self.holders[uuid] = attempt
+        self.counts['takeovers'] += before is not None and before.alive
+        attempt.listening = asyncio.ensure_future(self.listen(attempt))
+        return attempt
+
+    async def listen(self, attempt):
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                message = json.loads(await attempt.websocket.recv())
+                number = int(message['description'])
+                back = message['error'] and message['error'].partition('because ')[2]
+                self.outcomes.setdefault(number, []).append(back)
+                sender = self.messages[number][0]
+                if not back:
+                    if attempt.last_heard.get(sender, -1) >= number:
+                        self.problems.append(f'message {number} out of order')
+                    attempt.last_heard[sender] = number
+        attempt.ended = time.monotonic()
+
+    async def send(self, attempt, uuid):
+        number = len(self.messages)
+        self.messages.append((attempt, uuid, time.monotonic()))
+        self.counts['messages'] += 1
+        with contextlib.suppress(ConnectionClosed):
+            peer = Peer(attempt.websocket, attempt.uuid)
+            await peer.say(peer.offer(uuid, description=str(number)))
+        return number
+
+    async def talk(self):
+        """Send bursts between random clients."""
+        while True:
+            living = [a for a in self.holders.values() if a and a.alive]
+            if living:
+                sender, uuid = self.random.choice(living), self.random.choice([*self.holders])
+                for _ in range(self.random.choice((1, 1, 1, 5, 20))):
+                    await self.send(sender, uuid)
+            await asyncio.sleep(self.random.uniform(0, 0.01))
+
+    async def take_over(self):
+        """Register random UUIDs with random relays, one registration of each at a time."""
+        busy = {}
+        while True:
+            uuid, place = self.random.choice([*self.holders]), self.random.randrange(self.size[0])
+            if uuid not in busy or busy[uuid].done():
+                busy[uuid] = asyncio.ensure_future(self.register(uuid, place))
+            await asyncio.sleep(self.random.uniform(0, 0.03))
+
+    async def harm(self):
+        """Let faults happen, some at a time, but one of each thing."""
+        harmed = {}
+        while True:
+            seconds = self.random.choice((0.1, 0.5, 1, 3))
+            kind, things = self.random.choice(
+                [('process', self.relays), ('process', self.servers), ('link', self.links)]
+            )
+            thing = self.random.choice(things)
+            if thing not in harmed or harmed[thing].done():
+                harm = self.harm_process if kind == 'process' else self.harm_link
+                harmed[thing] = asyncio.ensure_future(harm(thing, seconds))
+                self.counts['faults'] += 1
+                await asyncio.wait({harmed[thing]}, timeout=0.7)
+
+    async def harm_process(self, process, seconds):
+        if self.random.random() < 0.5:
+            process.kill()
+            await asyncio.sleep(seconds)
+            if process.child.poll() is not None:
+                process.start()
+        else:
+            strike(process.child, 'frozen')
+            await asyncio.sleep(seconds)
+            process.child.send_signal(signal.SIGCONT)
+
+    async def harm_link(self, link, seconds):
+        if self.random.random() < 0.5:
+            link.cut = True
+            link.reset()
+            await asyncio.sleep(seconds)
+            link.cut = False
+        else:
+            link.flowing.clear()
+            await asyncio.sleep(seconds)
+            link.flowing.set()
+
+    async def run(self, seconds):
+        """Let everything happen for so long, then see that all is well; return the figures."""
+        work = [self.talk(), self.take_over()] + ([self.harm()] if self.faults else [])
+        for uuid in self.holders:
+            await self.register(uuid, self.random.randrange(self.size[0]))
+        tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            task.cancel()
+        done, _ = await asyncio.wait(tasks)
+        for task in done:
+            if not task.cancelled():
+                task.result()
+        # Everything that fails for a time ends by itself, and so do registrations.
+        await asyncio.sleep(3.5 if self.faults else 0.5)
+        await self.look_at_holders()
+        await self.look_at_messages()
+        self.look_at_ends()
+        for process in self.relays:
+            text = process.log.read_text()
+            if re.search('ERROR|Traceback|destroyed', text):
+                self.problems.append(f'{process.log.name}: {text[-3000:]}')
+        return self.counts
+
+    async def look_at_holders(self):
+        """See that each UUID is reached from each relay, where it registered last."""
+        for uuid, holder in self.holders.items():
+            while not (holder and holder.alive):
+                holder = await self.register(uuid, self.random.randrange(self.size[0]))
+        probes = [await self.register(uuid4(), place) for place in range(self.size[0])]
+        end = time.monotonic() + 20
+        missing = {(probe, uuid) for probe in probes for uuid in self.holders}
+        while missing and time.monotonic() < end:
+            sent = {await self.send(*pair): pair for pair in missing}
+            await self.wait_for(lambda sent=sent: all(n in self.outcomes for n in sent), 4)
+            missing -= {p for n, p in sent.items() if self.outcomes.get(n) == [None]}
+        self.problems += [f'{uuid} is not reached from relay {p.place}' for p, uuid in missing]
+
+        def extra():
+            return [a for a in self.attempts if a.alive and self.holders[a.uuid] is not a]
+
+        await self.wait_for(lambda: not extra(), 10)
+        self.problems += [f'{attempt.uuid} is still held at an older place' for attempt in extra()]
+
+    async def look_at_messages(self):
+        """See that each message has one outcome, or a reason to have none, or another."""
+        await self.wait_for(lambda: not self.without_outcome(), 6)
+        self.problems += [f'message {number}: no outcome' for number in self.without_outcome()]
+        for number, found in self.outcomes.items():
+            name = ['arrived' if x is None else x for x in found]
+            for kind in name:
+                self.counts[kind] = self.counts.get(kind, 0) + 1
+            late = self.faults and sorted(map(str, found)) == ['None', DISCONNECTED[8:]]
+            if late:
+                self.counts['arrived and came back'] = (
+                    self.counts.get('arrived and came back', 0) + 1
+                )
+            elif len(found) != 1:
+                self.problems.append(f'message {number}: {name}')
+
+    def without_outcome(self):
+        missing = set(range(len(self.messages))) - self.outcomes.keys()
+        return [number for number in missing if not self.excused(*self.messages[number])]
+
+    def excused(self, sender, uuid, sent):
+        """Return whether nobody may be left who could have heard the outcome of a message."""
+        return sender.ended is not None or (
+            self.faults
+            and any(a.uuid == uuid and a.ended and a.ended > sent for a in self.attempts)
+        )
+
+    def look_at_ends(self):
+        """See that each connection that ended was displaced, or its relay killed."""
+        for attempt in self.attempts:
+            later = any(
+                a.uuid == attempt.uuid and a.began >= attempt.began and a is not attempt
+                for a in self.attempts
+            )
+            killed = any(death > attempt.began for death in self.relays[attempt.place].deaths)
+            if attempt.registered and attempt.ended and not later and not killed:
+                self.problems.append(f'{attempt.uuid} was dropped: {attempt.websocket.close_code}')
+
+
+async def check_relays(seed, seconds, relays=2, servers=1, faults=True):
+    """Check relays under random faults; return figures. Raises AssertionError with problems."""
+    checker = Checker(seed, relays, servers, faults)
+    with tempfile.TemporaryDirectory() as folder:
+        async with contextlib.AsyncExitStack() as stack:
+            await checker.start(stack, folder)
+            try:
+                figures = await checker.run(seconds)
+            finally:
+                for attempt in checker.attempts:
+                    attempt.websocket.transport.abort()
+            for process in checker.relays + checker.servers:
+                process.kill()
+    assert not checker.problems, f'seed {seed}: {checker.problems[:20]} of {len(checker.problems)}'
+    return figures
+
+
+@over_nats
+@pytest.mark.parametrize('relays, servers', [(2, 1), (3, 3)])
+def test_relays_recover_from_random_faults(relays, servers):
+    figures = asyncio.run(check_relays(1, 2, relays, servers))
+    assert figures['messages'] > 100 and figures['faults']
+
+
+@over_nats
+def test_each_message_has_one_outcome_during_takeovers():
+    figures = asyncio.run(check_relays(1, 2, relays=3, faults=False))
+    assert figures['messages'] > 100 and figures['takeovers']
+
+
 # ------------------------------------------------------------------------------- Files
 
 
@@ -4636,20 +4990,35 @@ def figures(talk, latencies):
 def options_of(argv):
     parser = argparse.ArgumentParser('test_relay.py', usage=argparse.SUPPRESS)
     parser.description = 'Measure a relay: each of some clients exchanges offers with another.'
+    checks = 'instead, check relays of its own over NATS under random faults'
     add, number = parser.add_argument, functools.partial(relay._number_of, least=1)
-    add('url', metavar='URL', help='of the relay, with a token if it wants one')
+    add('url', metavar='URL', nargs='?', help='of the relay, with a token if it wants one')
+    add('--check-relays', action='store_true', help=checks)
+    add('--seed', default=1, type=int, metavar='N', help='of a check (%(default)s)')
+    add('--relays', default=2, type=number, metavar='N', help='of a check (%(default)s)')
+    add('--servers', default=1, type=number, metavar='N', help='of NATS, in a check (%(default)s)')
+    add('--no-faults', action='store_true', help='check takeovers alone')
     add('--pairs', default=50, type=number, metavar='N', help='of clients (%(default)s)')
     add('--seconds', default=10, type=float, metavar='S', help='to measure (%(default)s)')
     add('--size', default=1024, type=number, metavar='BYTES', help='of an offer (%(default)s)')
     add('--pid', type=number, help="the relay's process on this host, to see its CPU and memory")
     add('--json', action='store_true', help='print one JSON object')
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.url is None and not options.check_relays:
+        parser.error('the following arguments are required: URL')
+    return options
 
 
 def main(argv=None):
     """Measure a relay; return the exit status."""
     options = options_of(argv)
     logging.disable()  # what goes wrong is told in one line
+    if options.check_relays:
+        size = options.relays, options.servers
+        print(
+            asyncio.run(check_relays(options.seed, options.seconds, *size, not options.no_faults))
+        )
+        return 0
     try:
         found = asyncio.run(measure(options))
     except (relay.StartError, KeyboardInterrupt) as error:
