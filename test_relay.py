@@ -4398,6 +4398,227 @@ async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplo
     assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
 
 
+@over_nats
+@run_async
+async def test_all_clients_are_reached_after_nats_is_killed_in_the_middle_of_claiming(monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
+    calls, servers = [], []
+    subscribe, later = nats.NATS.subscribe, contextlib.ExitStack()
+
+    async def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 30:
+            server.kill()
+            server.wait()
+            # The relay is busy until NATS has long been there again.
+            again = running_nats('http: "127.0.0.1:-1"', port=port)
+            servers.append(later.enter_context(again))
+            time.sleep(0.6)
+        return await subscribe(*args, **options)
+
+    with later, port_to_come() as port, running_nats(port=port) as server:
+        async with two_relays(server.url) as (one, other), contextlib.AsyncExitStack() as stack:
+            uuids = [UUID(int=n) for n in range(1000, 1060)]
+            peers = [await stack.enter_async_context(registered(other, u)) for u in uuids]
+            await settled(other)
+            with monkeypatch.context() as patch:
+                patch.setattr('nats.NATS.subscribe', interrupted)
+                other.backplane.nats._transport.close()
+                await until(lambda: len(calls) > 30 + 60)
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await settled(one, other)
+            async with registered(one, A) as a:
+                for peer in peers:
+                    await a.say(a.offer(peer.uuid))
+                    assert await peer.hear() == a.offer(peer.uuid)
+                await until_subscribed(*servers, one, other)
+
+
+@over_nats
+@pytest.mark.parametrize('how', ['reset', 'killed'])
+@run_async
+async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
+    with running_nats() as server:
+        async with Link(server.ports['nats']) as link, contextlib.AsyncExitStack() as stack:
+            one = await stack.enter_async_context(joined_relay(link.url))
+            for n in range(50):
+                await stack.enter_async_context(registered(one, UUID(int=n + 1)))
+            await settled(one)
+            tasks = [t for t in asyncio.all_tasks() if '_wait_for_msgs' in repr(t)]
+            assert len(tasks) >= 51
+            if how == 'killed':
+                server.kill()
+            # Something is about to be written: there, nats-py's own clean-up fails.
+            one.backplane.nats._pending_data_size += 1
+            link.reset()
+            await asyncio.wait(tasks)
+            assert all(task.done() for task in tasks)
+            if how == 'reset':
+                await until(lambda: one.backplane.connected)
+    del tasks
+    gc.collect()
+    assert not [t for t in asyncio.all_tasks() if '_wait_for_msgs' in repr(t)]
+    assert [r.getMessage() for r in caplog.records if r.levelname == 'ERROR'] == []
+
+
+@over_nats
+@run_async
+async def test_a_burst_over_a_slow_link_arrives_in_order(bus):
+    async with Link(urlsplit(bus).port, delay=0.08) as slow:
+        async with joined_relay(slow.url) as one, joined_relay(bus) as other:
+            async with registered(one, A) as a, registered(other, B) as b:
+                await meet(a, b)
+                for sender, receiver in ((a, b), (b, a)):
+                    offers = [sender.offer(receiver.uuid, description=str(n)) for n in range(100)]
+                    for offer in offers:
+                        await sender.say(offer)
+                    await hears_only(receiver, *offers)
+                await hears_only(a)
+                await hears_only(b)
+
+
+@over_nats
+@pytest.mark.parametrize('reply', ['sold_out', 'backlog,backlog', '{"verdict": null}', '\x00'])
+@run_async
+async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, caplog, reply):
+    client = await nats.connect(bus)
+
+    async def answer(message):
+        await message.respond(reply.encode())
+
+    await client.subscribe(relay._subject('', B), queue='relays', cb=answer)
+    async with joined_relay(bus) as one, registered(one, A) as a:
+        await client.flush()
+        for _ in range(2):
+            back = await a.ask(a.offer(B))
+            assert back == sent_back(a.offer(B), relay.UNFORWARDED['disconnected'])
+    await client.close()
+    warnings = [r.getMessage() for r in caplog.records if 'verdict' in r.getMessage()]
+    assert warnings == ['NATS: another relay gave a verdict not known here']
+
+
+@over_nats
+@run_async
+async def test_claims_of_another_version_are_ignored_with_one_warning(bus, caplog):
+    client = await nats.connect(bus)
+    async with joined_relay(bus) as one, registered(one, A) as a:
+        await settled(one)
+        claim = [relay._subject('', A), time.time_ns() + HOUR, 'f', 0, 'x', 'an additional item']
+        for _ in range(2):
+            batch = {'version': 2, 'claims': [claim]}
+            await client.publish('relay.claims', json.dumps(batch).encode())
+        await client.flush()
+        await settled(one)
+        await exchange(a, a)
+        warnings = [r.getMessage() for r in caplog.records if 'version' in r.getMessage()]
+        assert warnings == ['NATS: another relay makes claims of a version not known here']
+        batch = {'version': 1, 'claims': [claim], 'an additional key': None}
+        await client.publish('relay.claims', json.dumps(batch).encode())
+        assert await a.closed_with() == 1001
+    await client.close()
+
+
+@over_nats
+@run_async
+async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, caplog):
+    async with two_relays(bus) as servers, contextlib.AsyncExitStack() as stack:
+        for number in range(10):
+            peer = await stack.enter_async_context(registered(servers[number % 2], A))
+            await settled(*servers)
+            address = '127.0.0.1:%d' % peer.websocket.local_address[1]
+        lines = [r.getMessage() for r in caplog.records if 'again and again' in r.getMessage()]
+    # Each relay counts by itself.
+    assert len(lines) == 2 and address
+    place = r'127\.0\.0\.1:\d+'
+    for line in lines:
+        assert re.match(f'UUID {A} .* by {place} and {place} \\(on another relay\\); ', line)
+        assert line.endswith('give one of them a new UUID')
+
+
+@over_nats
+@run_async
+async def test_messages_in_flight_are_limited_in_total(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_IN_FLIGHT', 100_000)
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.3)
+    totals, count = [], relay.Backplane._count
+
+    def counted(backplane, client, size):
+        count(backplane, client, size)
+        totals.append(backplane.total_in_flight)
+
+    monkeypatch.setattr('relay.Backplane._count', counted)
+    with running_program('--host', '127.0.0.1', '--nats', bus) as program:
+        async with joined_relay(bus) as one, registered(one, A) as a, registered(one, C) as c:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                strike(program, 'frozen')
+                for sender in (a, c):
+                    for _ in range(100):
+                        await sender.say(sender.offer(B, description='x' * 1000))
+                for sender in (a, c):
+                    for _ in range(100):
+                        assert (await sender.hear())['error'].endswith(DISCONNECTED)
+                assert 90_000 < max(totals) <= 100_000
+                assert one.backplane.total_in_flight == 0 and not one.backplane.in_flight
+                program.send_signal(signal.SIGCONT)
+
+
+@over_nats
+@run_async
+async def test_messages_wait_for_a_relay_that_is_upgraded_or_come_back_as_disconnected(bus):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await exchange(a, b)
+            offers, backplane = [], other.backplane
+
+            async def talk():
+                for number in range(10**6):
+                    offers.append(a.offer(B, description=str(number)))
+                    await a.say(offers[-1])
+                    await asyncio.sleep(0.002)
+
+            talking = asyncio.ensure_future(talk())
+            await backplane.close(upgrading=True)
+            claims = {client: relay.Claim(*claim) for client, claim in backplane.claims.items()}
+            other.backplane = None
+            sent = len(offers)
+            await until(lambda: len(offers) > sent + 100)
+            other.backplane = relay.Backplane(other, [bus], None)
+            for client, claim in claims.items():
+                other.backplane.announce(client, claim)
+            await settled(other)
+            assert dict(other.backplane.claims) == claims
+            talking.cancel()
+            await until(lambda: not one.backplane.queues)
+            found = [json.loads(await b.websocket.recv()) for _ in range(one_count(one))]
+            back = [await a.hear() for _ in range(len(offers) - len(found))]
+            assert {x['error'].partition('because ')[2] for x in back} <= {DISCONNECTED[8:]}
+            numbers = [int(message['description']) for message in found]
+            assert numbers == sorted(numbers)
+            assert sorted(numbers + [int(x['description']) for x in back]) == [*range(len(offers))]
+            await exchange(a, b)
+
+
+def one_count(server):
+    return server.counts['remote_messages'] - 1
+
+
+@over_nats
+@run_async
+async def test_an_upgrade_that_takes_too_long_sends_messages_back(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await exchange(a, b)
+            await other.backplane.close(upgrading=True)
+            back = await a.ask(a.offer(B))
+            assert back == sent_back(a.offer(B), relay.UNFORWARDED['disconnected'])
+            monkeypatch.setattr(one.backplane, 'upgrade_ends', 0)
+            assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
+            await hears_only(b)
+
+
 # ------------------------------------------------------------------------------- Checker
 
 
@@ -4659,8 +4880,9 @@ class Checker:
         self.look_at_ends()
         for process in self.relays:
             text = process.log.read_text()
-            if re.search('ERROR|Traceback|destroyed', text):
-                self.problems.append(f'{process.log.name}: {text[-3000:]}')
+            found = re.search('ERROR|Traceback|destroyed', text)
+            if found:
+                self.problems.append(f'{process.log.name}: {text[found.start() - 200 :][:2500]}')
         return self.counts
 
     async def look_at_holders(self):
