@@ -102,6 +102,7 @@ REFUSAL_INTERVAL = 60  # s between log lines on what one connection is refused; 
 MAX_DIGITS = 100  # characters of a number, which no field takes and peers may not read
 NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
 SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
+NEVER = float('inf')  # s
 NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
 CLAIM_BEATS = 120  # heartbeats between claims: a split of NATS servers ends without a sign
 CLAIM_SIZE = 2**12  # bytes of NATS' max_payload for each claim in a batch; most take 160
@@ -1003,7 +1004,7 @@ def _digest(token: str) -> bytes:
 #   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
 #       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
 #       which replies for each message, separated by commas: nothing, or a key of UNFORWARDED.
-#   relay.claims: {"version": 1, "upgrading": bool, "claims": [[subject, stamp, id, age, address]]}
+#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]], "upgrading": bool}
 #
 # How it may change: readers ignore additional keys and additional items at the end of a claim, and
 # take an unknown verdict for "disconnected". Anything else needs another version, whose claims
@@ -1011,10 +1012,7 @@ def _digest(token: str) -> bytes:
 
 
 class Claim(NamedTuple):
-    """A client's claim to its UUID; of several, the highest (stamp, id) holds it.
-
-    Plain values: another process on this host can announce the same claim again.
-    """
+    """A client's claim to its UUID, in plain values; the highest (stamp, id) holds the UUID."""
 
     stamp: int  # ns, wall clock at registration, or higher to outbid an older client
     id: str  # unique; decides between equal stamps
@@ -1028,12 +1026,13 @@ class Backplane:
     the connection fails in any way, a new one subscribes and claims all clients again.
 
     Messages to other relays wait in `queues`, one for each sender and peer. A queue sends a batch
-    and waits for its verdicts: so they stay in order, each has one outcome, and however slow the
-    link, a burst needs two round trips.
+    and waits for its verdicts, so messages stay in order and each has one outcome.
     """
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
         self.relay, self.library = relay, _import_nats(credentials)
+        # nats-py logs errors of its clean-up after a lost connection: it is replaced in any case.
+        logging.getLogger('nats').setLevel(logging.CRITICAL)
         self.faults = self.library.errors.Error, OSError, asyncio.TimeoutError
         self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
         self.nats: Any = None  # the connection, while there is one
@@ -1047,8 +1046,8 @@ class Backplane:
         self.queues: dict[tuple[Client, UUID], deque[bytes]] = {}
         self.in_flight, self.total_in_flight = Counter[Client](), 0  # bytes
         self.tasks: set[asyncio.Future[Any]] = set()  # cancelled when the connection has failed
-        self.unfinished: set[asyncio.Future[Any]] = set()  # close() waits for these
-        self.running = self._start(self._run())
+        self.unfinished: set[asyncio.Future[Any]] = set()  # those that close() waits for
+        self.running = asyncio.ensure_future(self._run())
 
     @property
     def connected(self) -> bool:
@@ -1070,9 +1069,9 @@ class Backplane:
                 await self._on_error(error)
             finally:
                 self.nats = None
-                self.subscriptions.clear()
                 # If the server does not read, close() lasts until the kernel gives up.
-                await asyncio.wait({self._start(nats.close())}, timeout=NATS_HEARTBEAT)
+                closing = asyncio.gather(nats.close(), return_exceptions=True)
+                await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
                 for task in self.tasks:
                     task.cancel()
                 # nats-py 2.16: after a connection reset, close() leaves their tasks running.
@@ -1085,16 +1084,17 @@ class Backplane:
         if not nats.is_connected:  # nats-py 2.16 may take other news for the answer to its ping
             raise ConnectionError('interrupted by news of the cluster')
         await nats.subscribe('relay.claims', cb=self._on_claims)
-        self.nats, self.max_payload, self.unclaimed = nats, nats.max_payload, asyncio.Queue()
+        # New objects: tasks of the last connection may still be using the old ones.
+        self.subscriptions, self.unclaimed = {}, asyncio.Queue()
+        self.nats, self.max_payload = nats, nats.max_payload
         self.logged.clear()
         logger.info('NATS is connected: %s', nats.connected_url.netloc.rpartition('@')[2])
-        claiming = self._start(self._claim_clients(nats), self.tasks)
+        claiming = self._start(self._claim_clients(nats))
         for beat in itertools.count():
             # Again at the second beat, when all NATS servers know that this relay hears claims.
             for client in self.claims if beat == 1 or beat % CLAIM_BEATS == 0 else ():
                 self.unclaimed.put_nowait(client)
-            # Without a time-out, because nats-py 2.16 fails on a late answer.
-            ping = self._start(nats.rtt(timeout=float('inf')), self.tasks)
+            ping = self._start(nats.rtt(timeout=NEVER))  # nats-py 2.16 fails on a late answer
             for _ in range(4):  # in steps: if this process stalls, it still reads the answer
                 await asyncio.wait({ping}, timeout=NATS_REQUEST_TIMEOUT / 4)
             if not ping.done():
@@ -1105,12 +1105,11 @@ class Backplane:
             await asyncio.sleep(NATS_HEARTBEAT)
 
     def _start(self, work: Any, *sets: set[asyncio.Future[Any]]) -> asyncio.Future[Any]:
-        """Run a coroutine as a task that is in these sets until it is done."""
         task: asyncio.Future[Any] = asyncio.ensure_future(work)
-        task.add_done_callback(self._on_done)
-        for tasks in sets:
+        for tasks in (self.tasks, *sets):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+        task.add_done_callback(self._on_done)
         return task
 
     def _on_done(self, task: asyncio.Future[Any]) -> None:
@@ -1131,65 +1130,56 @@ class Backplane:
             logger.warning('NATS: %s%s', text, lost)
 
     async def close(self, upgrading: bool = False) -> None:
-        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS; keep `claims`.
+        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS; `claims` stay.
 
-        When `upgrading`, other relays hold messages to unknown peers until this relay's clients
-        are announced again, or send them back as disconnected.
+        If `upgrading`, other relays keep messages to unknown peers for these clients' return.
         """
         if self.connected and upgrading:
-            work = self._publish_claims(self.nats, [], True)
-            self._start(work, self.tasks, self.unfinished)
-        for client in list(self.subscriptions):
-            self._unsubscribe(client)
+            notice = json.dumps({'version': 1, 'claims': [], 'upgrading': True})
+            self._start(self.nats.publish('relay.claims', notice.encode()), self.unfinished)
+        for subscription in self.subscriptions.values():
+            self._start(subscription.drain(), self.unfinished)
         if self.connected and self.unfinished:
             await asyncio.wait(self.unfinished, timeout=DRAIN_TIMEOUT)
         while not self.running.done():  # nats-py may take a cancellation for one of its own
             self.running.cancel()
             await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
-        if self.unfinished:  # with the connection gone, these messages come back
+        if self.unfinished:  # cancelled: these messages come back
             await asyncio.wait(self.unfinished)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
         self.claims[client] = claim or Claim(time.time_ns(), uuid4().hex, time.monotonic())
         self.clients[_subject(client.user, client.uuid)] = client
-        self.unclaimed.put_nowait(client)
+        if self.connected:
+            self.unclaimed.put_nowait(client)
 
     def withdraw(self, client: Client) -> None:
         """Unsubscribe from a client's messages."""
         del self.claims[client], self.clients[_subject(client.user, client.uuid)]
-        self._unsubscribe(client)
-
-    def _unsubscribe(self, client: Client) -> None:
         if client in self.subscriptions:
-            draining = self.subscriptions.pop(client).drain()
-            self._start(draining, self.tasks, self.unfinished)
+            self._start(self.subscriptions.pop(client).drain(), self.unfinished)
 
     async def _claim_clients(self, nats: Any) -> None:
         """Subscribe and claim clients, in batches, whenever there are any to claim."""
-        while True:
-            batch = [await self.unclaimed.get()]
-            while not self.unclaimed.empty() and len(batch) < nats.max_payload // CLAIM_SIZE:
-                batch.append(self.unclaimed.get_nowait())
+        subscriptions, unclaimed = self.subscriptions, self.unclaimed
+        while not nats.is_closed:
+            batch, claims = [await unclaimed.get()], []
+            while not unclaimed.empty() and len(batch) < nats.max_payload // CLAIM_SIZE:
+                batch.append(unclaimed.get_nowait())
             for client in batch:
-                if client in self.claims and client not in self.subscriptions:
+                where = _subject(client.user, client.uuid)
+                if client in self.claims and client not in subscriptions:
                     on_request = partial(self._on_request, nats, client)
-                    where = _subject(client.user, client.uuid)
-                    self.subscriptions[client] = await nats.subscribe(where, 'relays', on_request)
-                    if client not in self.claims:  # it left in the meantime
-                        self._unsubscribe(client)
-            await self._publish_claims(nats, [client for client in batch if client in self.claims])
-
-    async def _publish_claims(
-        self, nats: Any, clients: list[Client], upgrading: bool = False
-    ) -> None:
-        now, claims = time.monotonic(), []
-        for client in clients:
-            stamp, name, since = self.claims[client]
-            where = _subject(client.user, client.uuid)
-            claims.append((where, stamp, name, now - since, client.address))
-        batch = {'version': 1, 'upgrading': upgrading, 'claims': claims}
-        await nats.publish('relay.claims', json.dumps(batch).encode())
+                    subscriptions[client] = await nats.subscribe(where, 'relays', on_request)
+                if client in self.claims:
+                    stamp, name, since = self.claims[client]
+                    age = time.monotonic() - since
+                    claims.append((where, stamp, name, age, client.address))
+                elif client in subscriptions:  # it left in the meantime
+                    self._start(subscriptions.pop(client).drain(), self.unfinished)
+            data = json.dumps({'version': 1, 'claims': claims}).encode()
+            await nats.publish('relay.claims', data)
 
     async def _on_claims(self, message: Any) -> None:
         batch, now = json.loads(message.data), time.monotonic()
@@ -1202,14 +1192,11 @@ class Backplane:
                 self._compare(self.clients[where], Claim(stamp, name, now - age), address)
 
     def _compare(self, client: Client, claim: Claim, address: str) -> None:
-        """Displace a client if another relay's claim to its UUID is better, or answer it.
-
-        A registers at relay 1, and 5 s later at relay 2. Relay 1 hears a higher stamp of a younger
-        client, and displaces its own. If the clock of relay 2 is slow by more than that, relay 1
-        hears a lower stamp, and answers with its claim. Relay 2 hears a higher stamp, but of an
-        older client: it outbids the stamp, and relay 1 displaces its client after all. As a claim
-        does not age on its way, a late one may keep the older client where clocks differ.
-        """
+        # A registers at relay 1, and 5 s later at relay 2. Relay 1 hears a higher stamp of a
+        # younger client, and displaces its own. If the clock of relay 2 is slow by more than that,
+        # relay 1 hears a lower stamp and answers with its claim. Relay 2 hears a higher stamp, but
+        # of an older client: it outbids the stamp, and relay 1 displaces its client after all. A
+        # claim does not age on its way, so where clocks differ, a late one may win.
         own = self.claims[client]
         if claim[:2] > own[:2] and claim.since >= own.since:
             self.relay.displace(client, f'{address} (on another relay)')
@@ -1218,10 +1205,7 @@ class Backplane:
             self.unclaimed.put_nowait(client)
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
-        """Forward a message, here or to another relay, or return a key of UNFORWARDED.
-
-        If another relay cannot deliver it, it is sent back later.
-        """
+        """Forward a message or return why not; what another relay refuses is sent back later."""
         key, size = (client, message.peer_uuid), len(data) + MESSAGE_COST
         if key not in self.queues:
             kind = self.relay.deliver(client.user, message.peer_uuid, data)
@@ -1247,17 +1231,18 @@ class Backplane:
             del self.in_flight[client]
 
     async def _send_queue(self, client: Client, uuid: UUID) -> None:
-        """Send a queue in batches, and send back what is not delivered."""
         queue = self.queues[client, uuid]
         while queue:
             batch, room = [queue.popleft()], self.max_payload
             while queue and len(queue[0]) < (room := room - len(batch[-1]) - 1):
                 batch.append(queue.popleft())
+            verdicts: list[str | None] = ['disconnected'] * len(batch)
             try:
                 verdicts = await self._send_batch(client.user, uuid, batch)
             except Exception as error:
                 await self._on_error(error)
-                verdicts = ['disconnected'] * len(batch)
+            except asyncio.CancelledError:  # the connection has failed
+                pass
             if 'disconnected' in verdicts:
                 # It may have arrived, or still arrive: nothing is sent that could overtake it.
                 verdicts += ['disconnected'] * len(queue)
@@ -1273,47 +1258,39 @@ class Backplane:
     async def _send_batch(self, user: str, uuid: UUID, batch: list[bytes]) -> list[str | None]:
         """Return the verdict for each message; try again while none can have arrived."""
         deadline, misses = time.monotonic() + NATS_REQUEST_TIMEOUT, 0
-        while self.connected and time.monotonic() < deadline - SUBSCRIPTION_PROPAGATION:
+        while True:
             # It may have registered here in the meantime.
-            verdicts = self._deliver(user, uuid, batch)
-            if verdicts[0] != 'unknown_peer':
-                return verdicts
-            request = self._start(
-                self._request(self.nats, _subject(user, uuid), batch), self.tasks
-            )
-            await asyncio.wait({request}, timeout=deadline - time.monotonic())
-            if not request.done() or request.cancelled():
-                request.cancel()
-                break
-            verdicts = list(request.result())
+            verdicts = [self.relay.deliver(user, uuid, data) for data in batch]
+            left = deadline - time.monotonic()
+            if verdicts[0] == 'unknown_peer':
+                verdicts = await self._request(_subject(user, uuid), batch, left)
             # 'unknown_peer' is from a relay that has just lost the client to another.
             if verdicts and verdicts[0] != 'unknown_peer':
-                self.relay.counts['remote_messages'] += verdicts.count(None)
                 return verdicts
             misses = 0 if verdicts else misses + 1
             if misses > 1 and time.monotonic() > self.upgrade_ends:
                 self.relay.counts['remote_unknown'] += len(batch)
                 return ['unknown_peer'] * len(batch)
             await asyncio.sleep(SUBSCRIPTION_PROPAGATION)
-        return ['disconnected'] * len(batch)
 
-    def _deliver(self, user: str, uuid: Any, batch: list[bytes]) -> list[str | None]:
-        return [self.relay.deliver(user, uuid, data) for data in batch]
-
-    async def _request(self, nats: Any, where: str, batch: list[bytes]) -> list[str | None]:
+    async def _request(self, where: str, batch: list[bytes], left: float) -> list[str | None]:
         """Return the verdicts of the relay that holds a client, none if no relay does."""
+        if not self.connected or left < SUBSCRIPTION_PROPAGATION:
+            return ['disconnected'] * len(batch)
         try:
-            reply = await nats.request(where, b'\0'.join(batch), timeout=float('inf'))
+            reply = await self.nats.request(where, b'\0'.join(batch), left)
         except self.library.errors.NoRespondersError:
             return []
         verdicts = [kind or None for kind in reply.data.decode(errors='replace').split(',')]
         if len(verdicts) != len(batch) or not {None, *UNFORWARDED}.issuperset(verdicts):
             raise ConnectionError('another relay gave a verdict not known here')
+        self.relay.counts['remote_messages'] += verdicts.count(None)
         return verdicts
 
     async def _on_request(self, nats: Any, client: Client, message: Any) -> None:
-        if message.reply:
-            verdicts = self._deliver(client.user, client.uuid, message.data.split(b'\0'))
+        if message.reply and client.uuid:
+            data = message.data.split(b'\0')
+            verdicts = [self.relay.deliver(client.user, client.uuid, text) for text in data]
             await message.respond(','.join(kind or '' for kind in verdicts).encode())
         if nats.is_closed:  # nats-py 2.16 may have ignored a cancellation, and would go on
             raise asyncio.CancelledError
