@@ -997,6 +997,26 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
+def _import_nats(credentials: str | None) -> Any:
+    """Return the package of nats-py; raises StartError if it or the credentials cannot be used."""
+    package = "'nats-py[nkeys]'" if credentials else 'nats-py'
+    try:
+        import nats.aio.client
+
+        if credentials:
+            importlib.import_module('nkeys')
+            with open(credentials, 'rb') as file:
+                if b'BEGIN USER NKEY SEED' not in file.read():
+                    raise StartError(f'{credentials} holds no credentials for NATS')
+    except ImportError as error:
+        raise StartError(f'--nats: {error}; try: pip install {package}') from error
+    except OSError as error:
+        raise StartError(f'cannot read {credentials}: {error.strerror}') from error
+    # It logs errors of its clean-up after a lost connection, which is replaced in any case.
+    logging.getLogger('nats').setLevel(logging.CRITICAL)
+    return nats
+
+
 # ------------------------------------------------------------------------------- Scale-out
 
 # Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
@@ -1031,8 +1051,6 @@ class Backplane:
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
         self.relay, self.library = relay, _import_nats(credentials)
-        # nats-py logs errors of its clean-up after a lost connection: it is replaced in any case.
-        logging.getLogger('nats').setLevel(logging.CRITICAL)
         self.faults = self.library.errors.Error, OSError, asyncio.TimeoutError
         self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
         self.nats: Any = None  # the connection, while there is one
@@ -1144,8 +1162,8 @@ class Backplane:
         while not self.running.done():  # nats-py may take a cancellation for one of its own
             self.running.cancel()
             await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
-        if self.unfinished:  # cancelled: these messages come back
-            await asyncio.wait(self.unfinished)
+        # They are cancelled: their messages come back.
+        await asyncio.gather(*self.unfinished, return_exceptions=True)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
@@ -1174,12 +1192,11 @@ class Backplane:
                     subscriptions[client] = await nats.subscribe(where, 'relays', on_request)
                 if client in self.claims:
                     stamp, name, since = self.claims[client]
-                    age = time.monotonic() - since
-                    claims.append((where, stamp, name, age, client.address))
+                    claims.append((where, stamp, name, time.monotonic() - since, client.address))
                 elif client in subscriptions:  # it left in the meantime
                     self._start(subscriptions.pop(client).drain(), self.unfinished)
-            data = json.dumps({'version': 1, 'claims': claims}).encode()
-            await nats.publish('relay.claims', data)
+            text = json.dumps({'version': 1, 'claims': claims})
+            await nats.publish('relay.claims', text.encode())
 
     async def _on_claims(self, message: Any) -> None:
         batch, now = json.loads(message.data), time.monotonic()
@@ -1237,12 +1254,11 @@ class Backplane:
             while queue and len(queue[0]) < (room := room - len(batch[-1]) - 1):
                 batch.append(queue.popleft())
             verdicts: list[str | None] = ['disconnected'] * len(batch)
-            try:
-                verdicts = await self._send_batch(client.user, uuid, batch)
-            except Exception as error:
-                await self._on_error(error)
-            except asyncio.CancelledError:  # the connection has failed
-                pass
+            with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
+                try:
+                    verdicts = await self._send_batch(client.user, uuid, batch)
+                except Exception as error:
+                    await self._on_error(error)
             if 'disconnected' in verdicts:
                 # It may have arrived, or still arrive: nothing is sent that could overtake it.
                 verdicts += ['disconnected'] * len(queue)
@@ -1258,31 +1274,28 @@ class Backplane:
     async def _send_batch(self, user: str, uuid: UUID, batch: list[bytes]) -> list[str | None]:
         """Return the verdict for each message; try again while none can have arrived."""
         deadline, misses = time.monotonic() + NATS_REQUEST_TIMEOUT, 0
-        while True:
+        while self.connected and (left := deadline - time.monotonic()) > SUBSCRIPTION_PROPAGATION:
             # It may have registered here in the meantime.
             verdicts = [self.relay.deliver(user, uuid, data) for data in batch]
-            left = deadline - time.monotonic()
-            if verdicts[0] == 'unknown_peer':
-                verdicts = await self._request(_subject(user, uuid), batch, left)
-            # 'unknown_peer' is from a relay that has just lost the client to another.
-            if verdicts and verdicts[0] != 'unknown_peer':
+            if verdicts[0] != 'unknown_peer':
                 return verdicts
-            misses = 0 if verdicts else misses + 1
+            try:
+                reply = await self.nats.request(_subject(user, uuid), b'\0'.join(batch), left)
+                # A relay that has just lost the client to another says 'unknown_peer'.
+                if not reply.data.startswith(b'unknown_peer'):
+                    return self._read_verdicts(reply.data, len(batch))
+                misses = 0
+            except self.library.errors.NoRespondersError:
+                misses += 1
             if misses > 1 and time.monotonic() > self.upgrade_ends:
                 self.relay.counts['remote_unknown'] += len(batch)
                 return ['unknown_peer'] * len(batch)
             await asyncio.sleep(SUBSCRIPTION_PROPAGATION)
+        return ['disconnected'] * len(batch)
 
-    async def _request(self, where: str, batch: list[bytes], left: float) -> list[str | None]:
-        """Return the verdicts of the relay that holds a client, none if no relay does."""
-        if not self.connected or left < SUBSCRIPTION_PROPAGATION:
-            return ['disconnected'] * len(batch)
-        try:
-            reply = await self.nats.request(where, b'\0'.join(batch), left)
-        except self.library.errors.NoRespondersError:
-            return []
-        verdicts = [kind or None for kind in reply.data.decode(errors='replace').split(',')]
-        if len(verdicts) != len(batch) or not {None, *UNFORWARDED}.issuperset(verdicts):
+    def _read_verdicts(self, reply: bytes, count: int) -> list[str | None]:
+        verdicts = [kind or None for kind in reply.decode(errors='replace').split(',')]
+        if len(verdicts) != count or not {None, *UNFORWARDED}.issuperset(verdicts):
             raise ConnectionError('another relay gave a verdict not known here')
         self.relay.counts['remote_messages'] += verdicts.count(None)
         return verdicts
@@ -1297,26 +1310,8 @@ class Backplane:
 
 
 def _subject(user: str, uuid: UUID | None) -> str:
-    # In hexadecimal: some characters of names mean something to NATS.
+    # In hexadecimal, because some characters have a meaning in subjects.
     return f'relay.client.{user.encode().hex() or "-"}.{uuid}'
-
-
-def _import_nats(credentials: str | None) -> Any:
-    """Return the package of nats-py; raises StartError if it or the credentials cannot be used."""
-    package = "'nats-py[nkeys]'" if credentials else 'nats-py'
-    try:
-        import nats.aio.client
-
-        if credentials:
-            importlib.import_module('nkeys')
-            with open(credentials, 'rb') as file:
-                if b'BEGIN USER NKEY SEED' not in file.read():
-                    raise StartError(f'{credentials} holds no credentials for NATS')
-    except ImportError as error:
-        raise StartError(f'--nats: {error}; try: pip install {package}') from error
-    except OSError as error:
-        raise StartError(f'cannot read {credentials}: {error.strerror}') from error
-    return nats
 
 
 # ------------------------------------------------------------------------------- Operations
