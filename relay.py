@@ -1020,7 +1020,6 @@ def _import_nats(credentials: str | None) -> Any:
 # ------------------------------------------------------------------------------- Scale-out
 
 # Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
-#
 #   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
 #       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
 #       which replies for each message, separated by commas: nothing, or a key of UNFORWARDED.

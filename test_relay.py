@@ -3645,7 +3645,7 @@ async def test_a_peer_that_no_relay_knows_is_unknown_once(bus):
 
 @over_nats
 @run_async
-async def test_a_peer_on_another_relay_that_does_not_read_is_told_to_the_sender(bus):
+async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
     async with two_relays(bus) as (one, other):
         async with registered(one, A) as a, registered(other, B) as b:
             stall(b)
@@ -3763,7 +3763,7 @@ async def race(one, other, uuids):
 
 @over_nats
 @run_async
-async def test_of_those_that_register_with_two_relays_at_once_one_stays(bus):
+async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(bus):
     async with two_relays(bus) as (one, other):
         await race(one, other, [UUID(int=n) for n in range(1000, 1200)])
 
@@ -3926,7 +3926,7 @@ async def switch(port, edited=bytes):
 
 @over_nats
 @run_async
-async def test_news_of_a_cluster_that_come_at_once_disconnect_nobody(caplog, monkeypatch):
+async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(caplog, monkeypatch):
     def edited(data):
         said.append(data)
         # The first line that NATS said, again, before its answer to the first ping.
@@ -3945,7 +3945,7 @@ async def test_news_of_a_cluster_that_come_at_once_disconnect_nobody(caplog, mon
 
 @over_nats
 @run_async
-async def test_a_uuid_on_both_sides_of_a_split_ends_with_the_later(monkeypatch):
+async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch):
     monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     monkeypatch.setattr(relay, 'CLAIM_BEATS', 2)
     monkeypatch.setattr(
@@ -3988,7 +3988,7 @@ async def test_the_peers_of_a_relay_that_is_killed_are_unknown():
 
 @over_nats
 @run_async
-async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, monkeypatch):
+async def test_a_frozen_relay_delays_its_messages_only_once(bus, monkeypatch):
     monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.3)
     with running_program('--host', '127.0.0.1', '--nats', bus) as program:
         async with joined_relay(bus) as one, registered(one, A) as a, registered(one, C) as near:
@@ -4014,9 +4014,7 @@ async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, mon
 
 @over_nats
 @run_async
-async def test_what_comes_back_since_another_did_not_arrive_does_not_arrive_either(
-    bus, monkeypatch
-):
+async def test_a_message_is_not_delivered_after_an_earlier_one_failed(bus, monkeypatch):
     monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
     monkeypatch.setattr(relay, 'SUBSCRIPTION_PROPAGATION', 0.3)
     with running_program('--host', '127.0.0.1', '--nats', bus) as program:
@@ -4038,7 +4036,7 @@ async def test_what_comes_back_since_another_did_not_arrive_does_not_arrive_eith
 
 @over_nats
 @run_async
-async def test_a_message_that_nats_does_not_take_comes_back():
+async def test_a_message_too_long_for_nats_comes_back():
     with running_nats('max_payload: 1000') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, A) as a, registered(other, B) as b:
@@ -4052,7 +4050,7 @@ async def test_a_message_that_nats_does_not_take_comes_back():
 @over_nats
 @pytest.mark.parametrize('how', ['there', 'killed', 'frozen'])
 @run_async
-async def test_a_relay_that_ends_has_delivered_what_was_on_its_way(how):
+async def test_a_relay_that_stops_delivers_what_is_in_flight(how):
     with (
         running_nats() as server,
         running_program('--host', '127.0.0.1', '--rate', '0', '--nats', server.url) as program,
@@ -4081,7 +4079,7 @@ async def test_a_relay_that_ends_has_delivered_what_was_on_its_way(how):
 
 @over_nats
 @run_async
-async def test_each_message_to_a_relay_that_ends_arrives_or_comes_back(bus):
+async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
     with running_program('--host', '127.0.0.1', '--rate', '0', '--nats', bus) as program:
         async with joined_relay(bus) as one, registered(one, A) as a:
             async with registered(program, B) as b:
@@ -4130,7 +4128,7 @@ async def test_of_three_nats_servers_one_may_be_killed(monkeypatch):
 
 @over_nats
 @run_async
-async def test_clients_that_come_and_go_leave_nothing_with_nats():
+async def test_clients_that_leave_leave_nothing_with_nats():
     with running_nats('http: "127.0.0.1:-1"') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, C) as near, registered(other, C) as newer:
@@ -4360,22 +4358,38 @@ async def test_what_goes_over_nats_is_counted(bus, monkeypatch):
 
 
 @over_nats
+@pytest.mark.parametrize('error, count', [('ConnectionClosedError', 0), ('KeyError', 1)])
 @run_async
-async def test_what_fails_as_nats_is_lost_is_not_logged_as_a_defect(bus, caplog):
+async def test_a_bug_in_a_task_is_logged_as_an_error_and_a_fault_is_not(bus, caplog, error, count):
     async def fail():
-        raise nats.errors.ConnectionClosedError
+        raise {**vars(nats.errors), 'KeyError': KeyError}[error]
 
     async with joined_relay(bus) as server:
-        failing = server.backplane._start(fail())
-        await asyncio.wait({failing})
-        del failing
+        await asyncio.wait({server.backplane._start(fail())})
         gc.collect()
-    assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
+    lines = [r.getMessage() for r in caplog.records if r.levelname == 'ERROR']
+    assert lines == ['Internal error while using NATS'] * count
 
 
 @over_nats
 @run_async
-async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplog, monkeypatch):
+async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, monkeypatch):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await exchange(a, b)
+            with monkeypatch.context() as patch:
+                patch.setattr(one.backplane, '_read_verdicts', None)
+                await a.say(a.offer(B))
+                assert (await a.hear())['error'].endswith(DISCONNECTED)
+            assert await b.hear() == a.offer(B)  # this could not be known
+            await exchange(a, b)
+            assert not one.backplane.queues and not one.backplane.total_in_flight
+    assert 'Internal error while using NATS' in [r.getMessage() for r in caplog.records]
+
+
+@over_nats
+@run_async
+async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monkeypatch):
     answering = asyncio.Event()
 
     async def respond(message, data):
