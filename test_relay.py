@@ -4795,6 +4795,12 @@ class Checker:
         attempt.listening = asyncio.ensure_future(self.listen(attempt))
         return attempt
 
+    async def register_at_last(self, uuid, place=0):
+        """Register a UUID with a relay that may have been started only now."""
+        while not (attempt := await self.register(uuid, place)):
+            await asyncio.sleep(0.05)
+        return attempt
+
     async def listen(self, attempt):
         with contextlib.suppress(ConnectionClosed):
             while True:
@@ -4904,10 +4910,11 @@ class Checker:
 
     async def look_at_holders(self):
         """See that each UUID is reached from each relay, where it registered last."""
-        for uuid, holder in self.holders.items():
-            while not (holder and holder.alive):
-                holder = await self.register(uuid, self.random.randrange(self.size[0]))
-        probes = [await self.register(uuid4(), place) for place in range(self.size[0])]
+        for uuid in [uuid for uuid, a in self.holders.items() if not (a and a.alive)]:
+            await asyncio.wait_for(self.register_at_last(uuid), 30)
+        places = range(self.size[0])
+        joining = [self.register_at_last(uuid4(), place) for place in places]
+        probes = await asyncio.wait_for(asyncio.gather(*joining), 30)
         # Relays claim once a minute, in case NATS servers lost each other for a time.
         patience = 20 if self.size[1] == 1 else 80
         end = time.monotonic() + patience
