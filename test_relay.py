@@ -4389,6 +4389,24 @@ async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, 
 
 @over_nats
 @run_async
+async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
+    relay._import_nats(None)
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        _, writer = await asyncio.open_connection(*server.getsockname())
+        accepted, _ = server.accept()
+        descriptor = writer.get_extra_info('socket').fileno()
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        accepted.close()
+        for _ in range(3):  # as nats-py does, which does not know yet
+            writer.writelines([b'x'])
+        with pytest.raises(OSError):
+            await writer.drain()
+            await writer.wait_closed()
+    assert not asyncio.get_running_loop().remove_writer(descriptor)
+
+
+@over_nats
+@run_async
 async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monkeypatch):
     answering = asyncio.Event()
 
