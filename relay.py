@@ -1014,8 +1014,8 @@ def _import_nats(credentials: str | None) -> Any:
         raise StartError(f'cannot read {credentials}: {error.strerror}') from error
     # It logs errors of its clean-up after a lost connection, which is replaced in any case.
     logging.getLogger('nats').setLevel(logging.CRITICAL)
-    # Python 3.12 to 3.14.0 (gh-136234): writelines(), which nats-py also calls on a lost connection,
-    # may register a descriptor that by then belongs to a client, who is never heard again.
+    # Python 3.12 to 3.14.0 (gh-136234): writelines() on a lost connection, as nats-py does, may
+    # register a descriptor that by then belongs to a client, who is never heard again.
     write: Any = lambda writer, pieces: writer.write(b''.join(pieces))  # noqa: E731
     asyncio.StreamWriter.writelines = write  # type: ignore[method-assign]
     return nats
