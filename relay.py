@@ -1028,6 +1028,7 @@ def _import_nats(credentials: str | None) -> Any:
 #       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
 #       which replies for each message, separated by commas: nothing, or a key of UNFORWARDED.
 #   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]], "upgrading": bool}
+#       is heard by all relays; the last key says that the sender's clients will soon be back.
 #
 # How it may change: readers ignore additional keys and additional items at the end of a claim, and
 # take an unknown verdict for "disconnected". Anything else needs another version, whose claims
@@ -1165,8 +1166,8 @@ class Backplane:
         while not self.running.done():  # nats-py may take a cancellation for one of its own
             self.running.cancel()
             await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
-        # They are cancelled: their messages come back.
-        await asyncio.gather(*self.unfinished, return_exceptions=True)
+        if self.unfinished:  # cancelled: these messages come back
+            await asyncio.wait(self.unfinished, timeout=NATS_REQUEST_TIMEOUT)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
@@ -1189,13 +1190,14 @@ class Backplane:
             while not unclaimed.empty() and len(batch) < nats.max_payload // CLAIM_SIZE:
                 batch.append(unclaimed.get_nowait())
             for client in batch:
-                where = _subject(client.user, client.uuid)
+                subject = _subject(client.user, client.uuid)
                 if client in self.claims and client not in subscriptions:
                     on_request = partial(self._on_request, nats, client)
-                    subscriptions[client] = await nats.subscribe(where, 'relays', on_request)
+                    subscriptions[client] = await nats.subscribe(subject, 'relays', on_request)
                 if client in self.claims:
                     stamp, name, since = self.claims[client]
-                    claims.append((where, stamp, name, time.monotonic() - since, client.address))
+                    age = time.monotonic() - since
+                    claims.append((subject, stamp, name, age, client.address))
                 elif client in subscriptions:  # it left in the meantime
                     self._start(subscriptions.pop(client).drain(), self.unfinished)
             text = json.dumps({'version': 1, 'claims': claims})
@@ -1207,9 +1209,9 @@ class Backplane:
             raise ConnectionError('another relay makes claims of a version not known here')
         if batch.get('upgrading'):
             self.upgrade_ends = now + UPGRADE_TIMEOUT
-        for where, stamp, name, age, address, *_ in batch['claims']:
-            if where in self.clients:
-                self._compare(self.clients[where], Claim(stamp, name, now - age), address)
+        for subject, stamp, name, age, address, *_ in batch['claims']:
+            if subject in self.clients:
+                self._compare(self.clients[subject], Claim(stamp, name, now - age), address)
 
     def _compare(self, client: Client, claim: Claim, address: str) -> None:
         # A registers at relay 1, and 5 s later at relay 2. Relay 1 hears a higher stamp of a
@@ -1218,9 +1220,11 @@ class Backplane:
         # of an older client: it outbids the stamp, and relay 1 displaces its client after all. A
         # claim does not age on its way, so where clocks differ, a late one may win.
         own = self.claims[client]
+        if claim.id == own.id:  # made by this relay before an upgrade
+            return
         if claim[:2] > own[:2] and claim.since >= own.since:
             self.relay.displace(client, f'{address} (on another relay)')
-        elif claim.id != own.id:
+        else:
             self.claims[client] = own._replace(stamp=max(own.stamp, claim.stamp + 1))
             self.unclaimed.put_nowait(client)
 
