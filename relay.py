@@ -1294,6 +1294,8 @@ class Backplane:
                 misses = 0
             except self.library.errors.NoRespondersError:
                 misses += 1
+            except AssertionError:  # nats-py 2.16: its first request, and the connection failed
+                break
             if misses > 1 and time.monotonic() > self.upgrade_ends:
                 self.relay.counts['remote_unknown'] += len(batch)
                 return ['unknown_peer'] * len(batch)
