@@ -4470,6 +4470,19 @@ async def test_all_clients_are_reached_after_nats_is_killed_in_the_middle_of_cla
 @pytest.mark.parametrize('how', ['reset', 'killed'])
 @run_async
 async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch):
+    async def drain(transport):
+        if lost:
+            transport._io_writer.transport.abort()
+            raise ConnectionResetError
+
+    async def flush_pending(client, *args, **options):
+        await flush(client, *args, **options)
+        if client.is_closed:  # something is still to be written when it closes
+            client._pending_data_size = 1
+
+    lost, flush = [], nats.NATS._flush_pending
+    monkeypatch.setattr('nats.aio.transport.TcpTransport.drain', drain)
+    monkeypatch.setattr('nats.NATS._flush_pending', flush_pending)
     monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with running_nats() as server:
         async with Link(server.ports['nats']) as link, contextlib.AsyncExitStack() as stack:
@@ -4479,19 +4492,43 @@ async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch
             await settled(one)
             tasks = [t for t in asyncio.all_tasks() if '_wait_for_msgs' in repr(t)]
             assert len(tasks) >= 51
+            lost.append(how)
             if how == 'killed':
                 server.kill()
-            # Something is about to be written: there, nats-py's own clean-up fails.
-            one.backplane.nats._pending_data_size += 1
             link.reset()
             await asyncio.wait(tasks)
-            assert all(task.done() for task in tasks)
+            lost.clear()
             if how == 'reset':
                 await until(lambda: one.backplane.connected)
     del tasks
     gc.collect()
     assert not [t for t in asyncio.all_tasks() if '_wait_for_msgs' in repr(t)]
     assert [r.getMessage() for r in caplog.records if r.levelname == 'ERROR'] == []
+
+
+@over_nats
+@run_async
+async def test_each_message_goes_to_only_one_of_two_holders(bus, monkeypatch):
+    async def ignore(backplane, message):
+        pass
+
+    monkeypatch.setattr('relay.Backplane._on_claims', ignore)
+    async with two_relays(bus) as (one, two), joined_relay(bus) as three:
+        async with registered(one, B) as b, registered(two, B) as b2, registered(three, A) as a:
+            await settled(one, two)
+            offers = [a.offer(B, description=str(n)) for n in range(100)]
+            for offer in offers:
+                await a.say(offer)
+                await dealt_with(a)
+                await until(lambda: not three.backplane.queues)
+            await hears_only(a)
+            found = []
+            for peer in (b, b2):
+                mark = peer.offer(B, description='end')
+                await peer.say(mark)
+                while (message := await peer.hear()) != mark:
+                    found.append(message)
+            assert sorted(found, key=lambda m: int(m['description'])) == offers
 
 
 @over_nats
