@@ -1103,9 +1103,9 @@ class Backplane:
 
     async def _serve(self, nats: Any) -> None:
         """Use a connection until it fails, which raises an exception."""
-        if not nats.is_connected:  # nats-py 2.16 may take other news for the answer to its ping
-            raise ConnectionError('interrupted by news of the cluster')
         await nats.subscribe('relay.claims', cb=self._on_claims)
+        if not nats.is_connected:  # or never was: nats-py 2.16 may take other news for its pong
+            raise ConnectionError('interrupted while connecting')
         # New objects: tasks of the last connection may still be using the old ones.
         self.subscriptions, self.unclaimed = {}, asyncio.Queue()
         self.nats, self.max_payload = nats, nats.max_payload

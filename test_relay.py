@@ -3940,7 +3940,7 @@ async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(capl
                 async with joined_relay(server.url) as other:
                     async with registered(one, A) as a, registered(other, B) as b:
                         await exchange(a, b)
-    assert any('interrupted by news of the cluster' in line for line in lines())
+    assert any('interrupted while connecting' in line for line in lines())
 
 
 @over_nats
@@ -4385,6 +4385,24 @@ async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, 
             await exchange(a, b)
             assert not one.backplane.queues and not one.backplane.total_in_flight
     assert 'Internal error while using NATS' in [r.getMessage() for r in caplog.records]
+
+
+@over_nats
+@run_async
+async def test_a_connection_lost_while_the_relay_subscribes_is_a_fault(bus, caplog, monkeypatch):
+    async def interrupted(client, *args, **options):
+        found = await subscribe(client, *args, **options)
+        if not calls:
+            calls.append(args)
+            await client.close()
+        return found
+
+    calls, subscribe = [], nats.NATS.subscribe
+    monkeypatch.setattr('nats.NATS.subscribe', interrupted)
+    async with joined_relay(bus):
+        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    lost = '; clients of other relays cannot be reached'
+    assert lines == [f'NATS: interrupted while connecting{lost}']
 
 
 @over_nats
