@@ -52,6 +52,7 @@ import base64
 import contextlib
 import datetime
 import hashlib
+import importlib
 import ipaddress
 import itertools
 import json
@@ -113,7 +114,6 @@ RECEIVE_BUFFER = 2**16  # read at once, and by the kernel ahead; a flood waits i
 SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
 TLS_RECORD = 2**14  # the most that TLS encrypts at once
 STRICT_DECODE = 2**12  # shorter texts are decoded with a check of every number
-MESSAGE_OVERHEAD = 2**11  # memory of a message on its way over NATS, in addition to its text
 
 # Seconds.
 REGISTER_TIMEOUT = 30  # for a client to register
@@ -144,21 +144,26 @@ ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 
 
 # NATS.
-ASK_TIMEOUT = 2  # s for another relay to take a message
-SPREAD_TIME = 0.05  # s until all NATS servers know who has subscribed
-DRAIN_TIMEOUT = 1  # s for what is on its way over NATS when the relay stops
-PULSE = 0.5  # s until the relay looks whether NATS is there, and tries again
-CLAIM_TURNS = 120  # of these until it claims its clients' UUIDs again
+NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
+SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
+NEVER = float('inf')  # s
+NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
+CLAIM_BEATS = 120  # heartbeats between claims: a split of NATS servers ends without a sign
+CLAIM_SIZE = 2**12  # bytes of NATS' max_payload for each claim in a batch; most take 160
+UPGRADE_TIMEOUT = 5  # s for a relay that is being upgraded to claim its clients again
+DRAIN_TIMEOUT = 1  # s for messages in flight over NATS when the relay stops
+MESSAGE_COST = 2**12  # bytes of memory for a message in flight over NATS, besides its text
+MAX_IN_FLIGHT = 2**26  # bytes of all messages in flight over NATS
 NATS_OPTIONS: dict[str, Any] = {
     'name': 'relay.py',
     'allow_reconnect': False,
     'max_reconnect_attempts': -1,  # until it is connected
-    'reconnect_time_wait': PULSE,
+    'reconnect_time_wait': NATS_HEARTBEAT,
     'no_echo': True,
-    # What is said is written before anything else is: else the library would take the end of a
-    # subscription for confirmed before NATS has heard of it, and lose what comes in between.
+    # Each command is written before the next one. Otherwise nats-py 2.16 pings before it has
+    # written that a subscription ends, and loses the messages that arrive after the pong.
     'pending_size': 1,
-    'flush_timeout': ASK_TIMEOUT,
+    'flush_timeout': NATS_REQUEST_TIMEOUT,
 }
 
 
@@ -2030,264 +2035,334 @@ def configure_logging(log_dir: str | None, level: str) -> None:
     logging.getLogger('asyncio').setLevel(logging.ERROR)
 
 
+def _import_nats(credentials: str | None) -> Any:
+    """Return the package of nats-py; raises StartError if it or the credentials cannot be used."""
+    package = "'nats-py[nkeys]'" if credentials else 'nats-py'
+    try:
+        import nats.aio.client
+
+        if credentials:
+            importlib.import_module('nkeys')
+            with open(credentials, 'rb') as file:
+                if b'BEGIN USER NKEY SEED' not in file.read():
+                    raise StartError(f'{credentials} holds no credentials for NATS')
+    except ImportError as error:
+        raise StartError(f'--nats: {error}; try: pip install {package}') from error
+    except OSError as error:
+        raise StartError(f'cannot read {credentials}: {error.strerror}') from error
+    # It logs errors of its clean-up after a lost connection, which is replaced in any case.
+    logging.getLogger('nats').setLevel(logging.CRITICAL)
+    # Python 3.12 to 3.14.0 (gh-136234): writelines() on a lost connection, as nats-py does, may
+    # register a descriptor that by then belongs to a client, who is never heard again.
+    write: Any = lambda writer, pieces: writer.write(b''.join(pieces))  # noqa: E731
+    asyncio.StreamWriter.writelines = write  # type: ignore[method-assign]
+    return nats
+
+
 # ------------------------------------------------------------------------------- Scale-out
+
+# Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
+#   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
+#       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
+#       which replies for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
+#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]], "upgrading": bool}
+#       is heard by all relays; the last key says that the sender's clients will soon be back.
+#
+# How it may change: readers ignore additional keys and additional items at the end of a claim, and
+# take an unknown verdict for "disconnected". Anything else needs another version, whose claims
+# older relays ignore with a WARNING: all relays have to know it before the first one uses it.
+
+
+class Claim(NamedTuple):
+    """A client's claim to its UUID, in plain values; the highest (stamp, id) holds the UUID."""
+
+    stamp: int  # ns, wall clock at registration, or higher to outbid an older client
+    id: str  # unique; decides between equal stamps
+    since: float  # s, monotonic clock at registration; on Linux the same in all processes
 
 
 class Backplane:
-    """Has clients of different relays meet, over NATS. Nothing here runs without --nats.
+    """A relay's connection to the other relays, and everything it has in flight there.
 
-    Each registered client is a subscription. A message for a UUID that is not here is a request to
-    its subject: the relay that has it answers with the verdict, NATS itself that nobody has it.
+    Each client in `claims` is a NATS subscription, listed in `subscriptions` once it is made. If
+    the connection fails in any way, a new one subscribes and claims all clients again.
 
-    A registration claims its UUID on the same subject, with a stamp and its age. Who hears of a
-    higher stamp goes, or claims a still higher one if it is certainly the younger. So the highest
-    stamp that was ever claimed stays, whatever is late, lost or wrong about the time.
+    Messages to other relays wait in `queues`, one for each sender and peer. A queue sends a batch
+    and waits for its verdicts, so messages stay in order and each has one outcome.
     """
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
-        package = "'nats-py[nkeys]'" if credentials else 'nats-py'
-        try:
-            from nats.aio.client import Client as Connection
-
-            if credentials:
-                __import__('nkeys')
-                with open(credentials, 'rb') as file:
-                    if b'BEGIN USER NKEY SEED' not in file.read():
-                        raise StartError(f'{credentials} holds no credentials for NATS')
-        except ImportError as error:
-            raise StartError(f'--nats: {error}; pip install {package} mends it') from error
-        except OSError as error:
-            raise StartError(f'cannot read {credentials}: {error.strerror}') from error
-        self.relay, self.make_connection = relay, Connection
+        self.relay, self.library = relay, _import_nats(credentials)
+        self.faults = self.library.errors.Error, OSError, asyncio.TimeoutError
         self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
         self.nats: Any = None  # the connection, while there is one
-        self.round_trip = 0.0  # s, to NATS and back
-        self.faults: set[str] = set()  # that were logged since there was a connection
-        # By client: its stamp and since when it is registered; and its subscription.
-        self.claims: dict[Client, tuple[int, str, float]] = {}
-        self.subscriptions: dict[Client, asyncio.Future[Any]] = {}
-        # The last message on its way, by who sent it and to whom: the next one has to wait for it.
-        self.sent: dict[tuple[Client, UUID], asyncio.Future[None]] = {}
-        self.bytes = Counter[Client]()  # on their way, by who sent them
-        self.tasks: set[asyncio.Future[Any]] = set()  # of this connection
+        self.max_payload, self.round_trip = 0, 0.0  # bytes; s, to NATS and back
+        self.logged: set[str] = set()  # faults logged since the last connection was made
+        self.claims: dict[Client, Claim] = {}
+        self.clients: dict[str, Client] = {}  # those in `claims`, by subject
+        self.subscriptions: dict[Client, Any] = {}
+        self.unclaimed: asyncio.Queue[Client] = asyncio.Queue()  # to subscribe and claim next
+        self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
+        self.queues: dict[tuple[Client, UUID], deque[bytes]] = {}
+        self.in_flight, self.total_in_flight = Counter[Client](), 0  # bytes
+        self.tasks: set[asyncio.Future[Any]] = set()  # cancelled when the connection has failed
+        self.unfinished: set[asyncio.Future[Any]] = set()  # those that close() waits for
         self.start()
 
     def start(self) -> None:
-        """Connect, for as long as it takes."""
+        """Connect, and connect again whenever the connection fails."""
         self.running = asyncio.ensure_future(self._run())
 
     @property
     def connected(self) -> bool:
-        """Return whether there is a connection: without, a request would wait for its time-out."""
-        return self.nats is not None and self.nats.is_connected
+        return self.nats is not None and bool(self.nats.is_connected)
 
     def gauges(self) -> dict[str, float]:
-        """Return how the connection does, by the names of metrics."""
+        """Return the state of the connection, by names of metrics."""
         names = 'relay_nats_connected', 'relay_nats_round_trip_seconds'
         return dict(zip(names, (int(self.connected), self.round_trip)))
 
     async def _run(self) -> None:
-        """Be connected, for as long as it takes."""
         while True:
-            # A new one each time: what the library has kept of the last one is late, or wrong.
-            nats = self.make_connection()
+            nats = self.library.NATS()  # a new one: it carries over state of a lost connection
             try:
                 await nats.connect(error_cb=self._on_error, **self.options)
-                self.nats = nats
-                await self._stay_connected()
-            except Exception as error:  # the library's, the network's: none is the last
+                await self._serve(nats)
+            except Exception as error:
                 self.nats = None
                 await self._on_error(error)
             finally:
                 self.nats = None
-                self.subscriptions.clear()
-                # Where nobody reads, this lasts as long as the system tries.
+                # If the server does not read, close() lasts until the kernel gives up.
                 closing = asyncio.gather(nats.close(), return_exceptions=True)
-                await asyncio.wait({closing}, timeout=PULSE)
+                await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
                 for task in self.tasks:
                     task.cancel()
-            await asyncio.sleep(PULSE)
+                # nats-py 2.16: after a connection reset, close() leaves their tasks running.
+                for subscription in list(getattr(nats, '_subs', {}).values()):
+                    subscription._stop_processing()
+            await asyncio.sleep(NATS_HEARTBEAT)
 
-    async def _stay_connected(self) -> None:
-        # The library takes news of the cluster for the answer to its first ping, which is lost.
-        if not self.connected:
-            raise ConnectionError('interrupted by news of the cluster')
-        self.faults.clear()
-        where = self.nats.connected_url
-        logger.info('NATS is connected: %s:%d', where.hostname, where.port)
-        for turn in itertools.count():
-            if turn % CLAIM_TURNS == 0:
-                self._start(self._claim_all())
-            # The library fails on the answer to a ping that was given up: so none is.
-            pulse = self._start(self.nats.rtt(timeout=2000 * STALL_TIMEOUT))
-            if not (await asyncio.wait({pulse}, timeout=ASK_TIMEOUT))[0]:
-                raise TimeoutError(f'no answer within {ASK_TIMEOUT} s')
-            self.round_trip = pulse.result()
-            await asyncio.sleep(PULSE)
+    async def _serve(self, nats: Any) -> None:
+        """Use a connection until it fails, which raises an exception."""
+        await nats.subscribe('relay.claims', cb=self._on_claims)
+        if not nats.is_connected:  # or never was: nats-py 2.16 may take other news for its pong
+            raise ConnectionError('interrupted while connecting')
+        # New objects: tasks of the last connection may still be using the old ones.
+        self.subscriptions, self.unclaimed = {}, asyncio.Queue()
+        self.nats, self.max_payload = nats, nats.max_payload
+        self.logged.clear()
+        logger.info('NATS is connected: %s', nats.connected_url.netloc.rpartition('@')[2])
+        claiming = self._start(self._claim_clients(nats))
+        for beat in itertools.count():
+            # Again at the second beat, when all NATS servers know that this relay hears claims.
+            for client in self.claims if beat == 1 or beat % CLAIM_BEATS == 0 else ():
+                self.unclaimed.put_nowait(client)
+            ping = self._start(nats.rtt(timeout=NEVER))  # nats-py 2.16 fails on a late answer
+            for _ in range(4):  # in steps: if this process stalls, it still reads the answer
+                await asyncio.wait({ping}, timeout=NATS_REQUEST_TIMEOUT / 4)
+            if not ping.done():
+                raise TimeoutError(f'no answer within {NATS_REQUEST_TIMEOUT} s')
+            self.round_trip = ping.result()
+            if claiming.done():
+                claiming.result()
+            await asyncio.sleep(NATS_HEARTBEAT)
 
-    async def _on_error(self, error: Exception) -> None:
-        # Without what it says of one client, and the name that each of them begins with.
-        fault = (str(error) or type(error).__name__).partition('"')[0].rpartition('nats: ')[2]
-        fault = fault.strip(" '")
-        if fault not in self.faults:
-            self.faults.add(fault)
-            lost = '' if self.connected else '; clients of other relays cannot be reached'
-            logger.warning('NATS: %s%s', fault, lost)
-
-    def _start(self, work: Any) -> asyncio.Future[Any]:
+    def _start(self, work: Any, *sets: set[asyncio.Future[Any]]) -> asyncio.Future[Any]:
         task: asyncio.Future[Any] = asyncio.ensure_future(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        # Else asyncio logs its exception: that NATS is lost is told in one line.
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        for tasks in (self.tasks, *sets):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        task.add_done_callback(self._on_done)
         return task
 
-    async def close(self, upgrading: bool = False) -> None:
-        """Have what is on its way delivered, here and elsewhere, and leave."""
-        waiting = {self._start(self._release(held)) for held in self.subscriptions.values()}
-        waiting |= set(self.sent.values())
-        if waiting and self.connected:
-            await asyncio.wait(waiting, timeout=DRAIN_TIMEOUT)
-        while not self.running.done():  # the library may take it for a cancellation of its own
-            self.running.cancel()
-            await asyncio.wait({self.running}, timeout=PULSE)
+    def _on_done(self, task: asyncio.Future[Any]) -> None:
+        # Faults are left to those who wait for the task, and to the heartbeat.
+        if not task.cancelled() and not isinstance(task.exception(), (*self.faults, type(None))):
+            logger.error('Internal error while using NATS', exc_info=task.exception())
 
-    def announce(self, client: Client, claim: Any = None) -> None:
-        """Have messages for a client come here, and whoever has its UUID elsewhere displaced."""
-        self.claims[client] = time.time_ns(), uuid4().hex, time.monotonic()
+    async def _on_error(self, error: BaseException) -> None:
+        """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
+        # nats-py puts its name in front of its texts, and quotes subjects in some.
+        text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '")
+        text = text or type(error).__name__
+        if not isinstance(error, self.faults):
+            logger.error('Internal error while using NATS', exc_info=error)
+        elif text not in self.logged:
+            self.logged.add(text)
+            lost = '' if self.connected else '; clients of other relays cannot be reached'
+            logger.warning('NATS: %s%s', text, lost)
+
+    async def close(self, upgrading: bool = False) -> None:
+        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS; `claims` stay.
+
+        If `upgrading`, other relays keep messages to unknown peers for these clients' return.
+        """
+        if self.connected and upgrading:
+            notice = json.dumps({'version': 1, 'claims': [], 'upgrading': True})
+            self._start(self.nats.publish('relay.claims', notice.encode()), self.unfinished)
+        for subscription in self.subscriptions.values():
+            self._start(subscription.drain(), self.unfinished)
+        if self.connected and self.unfinished:
+            await asyncio.wait(self.unfinished, timeout=DRAIN_TIMEOUT)
+        while not self.running.done():  # nats-py may take a cancellation for one of its own
+            self.running.cancel()
+            await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
+        if self.unfinished:  # cancelled: these messages come back
+            await asyncio.wait(self.unfinished, timeout=NATS_REQUEST_TIMEOUT)
+
+    def announce(self, client: Client, claim: Claim | None = None) -> None:
+        """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
+        self.claims[client] = claim or Claim(time.time_ns(), uuid4().hex, time.monotonic())
+        self.clients[_subject(client.user, client.uuid)] = client
         if self.connected:
-            self.subscriptions[client] = self._start(self._subscribe(client))
+            self.unclaimed.put_nowait(client)
 
     def withdraw(self, client: Client) -> None:
-        """Have nothing come here any more for a client."""
-        del self.claims[client]
+        """Unsubscribe from a client's messages."""
+        del self.claims[client], self.clients[_subject(client.user, client.uuid)]
         if client in self.subscriptions:
-            self._start(self._release(self.subscriptions.pop(client)))
+            self._start(self.subscriptions.pop(client).drain(), self.unfinished)
 
-    async def _subscribe(self, client: Client) -> Any:
-        hear = partial(self._hear, client)
-        subscription = await self.nats.subscribe(_subject(client.user, client.uuid), cb=hear)
-        # Of a claim made at this very moment, another relay may hear before it is heard of.
-        for pause in (SPREAD_TIME, 0):
-            await self._claim(client)
-            await asyncio.sleep(pause)
-        return subscription
+    async def _claim_clients(self, nats: Any) -> None:
+        """Subscribe and claim clients, in batches, whenever there are any to claim."""
+        subscriptions, unclaimed = self.subscriptions, self.unclaimed
+        while not nats.is_closed:
+            batch, claims = [await unclaimed.get()], []
+            while not unclaimed.empty() and len(batch) < nats.max_payload // CLAIM_SIZE:
+                batch.append(unclaimed.get_nowait())
+            for client in batch:
+                subject = _subject(client.user, client.uuid)
+                if client in self.claims and client not in subscriptions:
+                    on_request = partial(self._on_request, nats, client)
+                    subscriptions[client] = await nats.subscribe(subject, 'relays', on_request)
+                if client in self.claims:
+                    stamp, name, since = self.claims[client]
+                    age = time.monotonic() - since
+                    claims.append((subject, stamp, name, age, client.address))
+                elif client in subscriptions:  # it left in the meantime
+                    self._start(subscriptions.pop(client).drain(), self.unfinished)
+            text = json.dumps({'version': 1, 'claims': claims})
+            await nats.publish('relay.claims', text.encode())
 
-    async def _release(self, subscribing: asyncio.Future[Any]) -> None:
-        await (await subscribing).drain()
+    async def _on_claims(self, message: Any) -> None:
+        batch, now = json.loads(message.data), time.monotonic()
+        if batch['version'] != 1:
+            raise ConnectionError('another relay makes claims of a version not known here')
+        if batch.get('upgrading'):
+            self.upgrade_ends = now + UPGRADE_TIMEOUT
+        for subject, stamp, name, age, address, *_ in batch['claims']:
+            if subject in self.clients:
+                self._compare(self.clients[subject], Claim(stamp, name, now - age), address)
 
-    async def _claim_all(self) -> None:
-        """Subscribe who is not; claim again: some may have registered twice with NATS split."""
-        for client in list(self.claims):
-            if client in self.subscriptions:
-                await self._claim(client)
-            elif client in self.claims:
-                self.subscriptions[client] = self._start(self._subscribe(client))
-            await asyncio.sleep(0)
-
-    async def _claim(self, client: Client) -> None:
-        if client in self.claims:
-            *stamp, since = self.claims[client]
-            claim = json.dumps([*stamp, time.monotonic() - since])
-            await self.nats.publish(_subject(client.user, client.uuid), claim.encode())
-
-    async def _hear(self, client: Client, message: Any) -> None:
-        """Deal with what another relay has for a client: a message, or a claim to its UUID."""
-        if message.reply:
-            kind: str | None = 'unknown_peer'
-            if client in self.claims and client.uuid:
-                kind = self.relay.deliver(client.user, client.uuid, message.data)
-            else:
-                # Who has the UUID now is to answer before.
-                await asyncio.sleep(SPREAD_TIME)
-            await message.respond((kind or '').encode())
-        elif client in self.claims:
-            count, name, age = json.loads(message.data)
-            own_count, own_name, since = self.claims[client]
-            if (count, name) > (own_count, own_name):
-                # On its way, a claim does not age: who claims to be older is older.
-                if age <= time.monotonic() - since:
-                    return self.relay.displace(client, 'a client of another relay')
-                self.claims[client] = count + 1, own_name, since
-            if name != own_name:
-                await self._claim(client)
-        if not self.connected:
-            raise asyncio.CancelledError  # the library may have ignored its own, and would go on
+    def _compare(self, client: Client, claim: Claim, address: str) -> None:
+        # A registers at relay 1, and 5 s later at relay 2. Relay 1 hears a higher stamp of a
+        # younger client, and displaces its own. If the clock of relay 2 is slow by more than that,
+        # relay 1 hears a lower stamp and answers with its claim. Relay 2 hears a higher stamp, but
+        # of an older client: it outbids the stamp, and relay 1 displaces its client after all. A
+        # claim does not age on its way, so where clocks differ, a late one may win.
+        own = self.claims[client]
+        if claim.id == own.id:  # made by this relay before an upgrade
+            return
+        if claim[:2] > own[:2] and claim.since >= own.since:
+            self.relay.displace(client, f'{address} (on another relay)')
+        else:
+            self.claims[client] = own._replace(stamp=max(own.stamp, claim.stamp + 1))
+            self.unclaimed.put_nowait(client)
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
-        """Forward a message, here or elsewhere, or return which of FORWARD_ERRORS it is.
-
-        What goes elsewhere has its verdict later, and what follows to the same peer waits for it.
-        """
-        before = self.sent.get((client, message.peer_uuid))
-        if before is None:
+        """Forward a message or return why not; what another relay refuses is sent back later."""
+        key, size = (client, message.peer_uuid), len(data) + MESSAGE_COST
+        if key not in self.queues:
             kind = self.relay.deliver(client.user, message.peer_uuid, data)
             if kind != 'unknown_peer':
                 return kind
-        if not self.connected:
+        if not self.connected or self.total_in_flight + size > MAX_IN_FLIGHT:
             return 'disconnected'
-        size = len(data) + MESSAGE_OVERHEAD
-        if self.bytes[client] and self.bytes[client] + size > MAX_BACKLOG:
+        if len(data) > self.max_payload:
+            return 'too_long'
+        if self.in_flight[client] and self.in_flight[client] + size > MAX_BACKLOG:
             return 'backlog'
-        self.bytes[client] += size
-        sending = asyncio.ensure_future(self._send(before, client, message, data))
-        self.sent[client, message.peer_uuid] = sending
+        self._count(client, size)
+        if key not in self.queues:
+            self.queues[key] = deque()
+            self._start(self._send_queue(*key), self.unfinished)
+        self.queues[key].append(data)
         return None
 
-    async def _send(
-        self, before: Any, client: Client, message: PeerConnection, data: bytes
-    ) -> None:
-        asked = time.monotonic()
-        if before is not None:
-            await asyncio.wait({before})
-        asking = asyncio.ensure_future(self._ask(asked, client.user, message.peer_uuid, data))
-        left = asked + ASK_TIMEOUT - time.monotonic()
-        # It is not waited for any longer: the library may go on when it is cancelled. Nor is it
-        # begun if it would arrive, but most likely not be answered in time, and come back too.
-        if left > SPREAD_TIME:
-            await asyncio.wait({asking}, timeout=left)
-        kind = asking.result() if asking.done() else 'disconnected'
-        asking.cancel()
-        self.bytes[client] -= len(data) + MESSAGE_OVERHEAD
-        if not self.bytes[client]:
-            del self.bytes[client]
-        if self.sent[client, message.peer_uuid] is asyncio.current_task():
-            del self.sent[client, message.peer_uuid]
-        if kind is not None and client.link.is_open:
-            self.relay.send_back(client, message, kind)
+    def _count(self, client: Client, size: int) -> None:
+        self.total_in_flight += size
+        self.in_flight[client] += size
+        if not self.in_flight[client]:
+            del self.in_flight[client]
 
-    async def _ask(self, asked: float, user: str, uuid: UUID, data: bytes) -> str | None:
-        from nats.errors import NoRespondersError
+    async def _send_queue(self, client: Client, uuid: UUID) -> None:
+        queue = self.queues[client, uuid]
+        while queue:
+            batch, room = [queue.popleft()], self.max_payload
+            while queue and len(queue[0]) < (room := room - len(batch[-1]) - 1):
+                batch.append(queue.popleft())
+            verdicts: list[str | None] = ['disconnected'] * len(batch)
+            with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
+                try:
+                    verdicts = await self._send_batch(client.user, uuid, batch)
+                except Exception as error:
+                    await self._on_error(error)
+            if 'disconnected' in verdicts:
+                # It may have arrived, or still arrive: nothing is sent that could overtake it.
+                verdicts += ['disconnected'] * len(queue)
+                batch += queue
+                queue.clear()
+            for data, kind in zip(batch, verdicts):
+                self._count(client, -len(data) - MESSAGE_COST)
+                if kind is not None and client.link.is_open:
+                    message: Any = decode(data.decode())
+                    self.relay.send_back(client, message, kind)
+        del self.queues[client, uuid]
 
-        while True:
-            # It may have come here meanwhile.
-            kind = self.relay.deliver(user, uuid, data)
-            if kind != 'unknown_peer':
-                return kind
-            if not self.connected:
-                return 'disconnected'
-            if len(data) > self.nats.max_payload:
-                return 'too_long'
+    async def _send_batch(self, user: str, uuid: UUID, batch: list[bytes]) -> list[str | None]:
+        """Return the verdict for each message; try again while none can have arrived."""
+        deadline, misses = time.monotonic() + NATS_REQUEST_TIMEOUT, 0
+        while self.connected and (left := deadline - time.monotonic()) > SUBSCRIPTION_PROPAGATION:
+            # It may have registered here in the meantime.
+            verdicts = [self.relay.deliver(user, uuid, data) for data in batch]
+            if verdicts[0] != 'unknown_peer':
+                return verdicts
             try:
-                answer = await self.nats.request(_subject(user, uuid), data, ASK_TIMEOUT)
-                if answer.data != b'unknown_peer':
-                    self.relay.counts['remote_messages'] += not answer.data
-                    return answer.data.decode() or None
-            except NoRespondersError:
-                pass
-            except Exception as error:  # whatever it is, the message has a verdict
-                logger.debug('NATS: %r', error)
-                return 'disconnected'
-            if time.monotonic() - asked >= SPREAD_TIME:
-                self.relay.counts['remote_unknown'] += 1
-                return 'unknown_peer'
-            # Not all NATS servers may know yet who has just registered.
-            await asyncio.sleep(SPREAD_TIME)
+                reply = await self.nats.request(_subject(user, uuid), b'\0'.join(batch), left)
+                # A relay that has just lost the client to another says 'unknown_peer'.
+                if not reply.data.startswith(b'unknown_peer'):
+                    return self._read_verdicts(reply.data, len(batch))
+                misses = 0
+            except self.library.errors.NoRespondersError:
+                misses += 1
+            except AssertionError:  # nats-py 2.16: its first request, and the connection failed
+                break
+            if misses > 1 and time.monotonic() > self.upgrade_ends:
+                self.relay.counts['remote_unknown'] += len(batch)
+                return ['unknown_peer'] * len(batch)
+            await asyncio.sleep(SUBSCRIPTION_PROPAGATION)
+        return ['disconnected'] * len(batch)
+
+    def _read_verdicts(self, reply: bytes, count: int) -> list[str | None]:
+        verdicts = [kind or None for kind in reply.decode(errors='replace').split(',')]
+        if len(verdicts) != count or not {None, *FORWARD_ERRORS}.issuperset(verdicts):
+            raise ConnectionError('another relay gave a verdict not known here')
+        self.relay.counts['remote_messages'] += verdicts.count(None)
+        return verdicts
+
+    async def _on_request(self, nats: Any, client: Client, message: Any) -> None:
+        if message.reply and client.uuid:
+            data = message.data.split(b'\0')
+            verdicts = [self.relay.deliver(client.user, client.uuid, text) for text in data]
+            await message.respond(','.join(kind or '' for kind in verdicts).encode())
+        if nats.is_closed:  # nats-py 2.16 may have ignored a cancellation, and would go on
+            raise asyncio.CancelledError
 
 
 def _subject(user: str, uuid: UUID | None) -> str:
-    # In hexadecimal: to NATS, some characters of names mean something.
-    return f'relay.{user.encode().hex() or "-"}.{uuid}'
+    # In hexadecimal, because some characters have a meaning in subjects.
+    return f'relay.client.{user.encode().hex() or "-"}.{uuid}'
 
 
 # ------------------------------------------------------------------------------- Server

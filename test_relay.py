@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.request
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -3640,9 +3641,8 @@ async def test_out_of_memory_the_client_that_holds_the_most_is_closed(monkeypatc
             ):
                 wire.send(data)
                 connection = await relay_side(server, wire)
-                await until(
-                    lambda c=connection, n=len(data), w=wire: c.counted_bytes == n or w is last
-                )
+                size = len(data)
+                await until(lambda c=connection, n=size, w=wire: c.counted_bytes == n or w is last)
             assert await most.end() == ([], CloseCode.TRY_AGAIN_LATER)
             innocent.send(offer[-1:])
             assert (await peer.hear())['source_uuid'] == str(innocent.peer.uuid)
@@ -4066,14 +4066,7 @@ DISCONNECTED = 'because the relays are disconnected.'
 HOUR = 3600 * 10**9
 
 
-def over_nats(test):
-    """Have a test only where relays can be run over NATS; elsewhere, the next one tells why."""
-    return None if NO_NATS else test
-
-
-@pytest.mark.skipif(bool(NO_NATS), reason=f'no relay is run over NATS: {NO_NATS}')
-def test_relays_are_run_over_nats():
-    pass
+over_nats = pytest.mark.skipif(bool(NO_NATS), reason=NO_NATS)
 
 
 @contextlib.contextmanager
@@ -4200,8 +4193,16 @@ def sent_back(message, reason):
 
 async def settled(*servers):
     """Wait until nothing is on its way, and nobody is about to be subscribed."""
-    for server in servers:
-        await until(lambda server=server: not (server.backplane.sent or server.backplane.tasks))
+    for backplane in (server.backplane for server in servers):
+        await until(functools.partial(is_settled, backplane))
+    for backplane in 2 * [server.backplane for server in servers]:
+        if backplane.connected:  # so that what was published before has been heard
+            await backplane.nats.flush()
+
+
+def is_settled(backplane):
+    subscribed = backplane.subscriptions.keys() == backplane.claims.keys()
+    return subscribed and not backplane.queues and backplane.unclaimed.empty()
 
 
 @over_nats
@@ -4233,7 +4234,7 @@ async def test_a_peer_that_no_relay_knows_is_unknown_once(bus):
 
 @over_nats
 @run_async
-async def test_a_peer_on_another_relay_that_does_not_read_is_told_to_the_sender(bus):
+async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
     async with two_relays(bus) as (one, other):
         async with registered(one, A) as a, registered(other, B) as b:
             stall(b)
@@ -4241,7 +4242,7 @@ async def test_a_peer_on_another_relay_that_does_not_read_is_told_to_the_sender(
             for _ in range(100):
                 await a.say(offer)
                 await dealt_with(a)
-                await until(lambda: not one.backplane.sent)
+                await until(lambda: not one.backplane.queues)
                 if one.refusal_counts['backlog']:
                     break
             assert await a.hear() == sent_back(offer, relay.FORWARD_ERRORS['backlog'])
@@ -4311,6 +4312,9 @@ async def test_a_registration_displaces_the_one_on_another_relay(
             old = Peer(old, A, 'old', generation)
             assert await old.ask(old.registration()) == old.response()
         await settled(other)
+        # A claim that is older by less than its time on the way counts as younger.
+        claims = other.backplane.claims
+        claims.update((c, n._replace(since=n.since - 1)) for c, n in claims.items())
         async with registered(one, A) as new:
             close = await old.close_frame()
             assert (close.code, close.reason) == (code, relay.DISPLACED)
@@ -4348,7 +4352,7 @@ async def race(one, other, uuids):
 
 @over_nats
 @run_async
-async def test_of_those_that_register_with_two_relays_at_once_one_stays(bus):
+async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(bus):
     async with two_relays(bus) as (one, other):
         await race(one, other, [UUID(int=n) for n in range(1000, 1200)])
 
@@ -4400,8 +4404,8 @@ async def test_three_relays_share_their_clients(bus):
 @pytest.mark.parametrize('how', ['killed', 'frozen'])
 @run_async
 async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monkeypatch):
-    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.2)
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with contextlib.ExitStack() as stack, logged(caplog) as lines:
         port = stack.enter_context(port_to_come())
         first = stack.enter_context(running_nats(port=port))
@@ -4462,7 +4466,7 @@ async def offers_of(sender, receiver):
 @over_nats
 @run_async
 async def test_a_relay_serves_before_nats_is_there(caplog, monkeypatch):
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with logged(caplog, 'WARNING') as lines, port_to_come() as port:
         url = f'nats://127.0.0.1:{port}'
         async with joined_relay(url, wait=False) as one, joined_relay(url, wait=False) as other:
@@ -4513,29 +4517,31 @@ async def switch(port, edited=bytes):
 
 @over_nats
 @run_async
-async def test_news_of_a_cluster_that_come_at_once_disconnect_nobody(caplog, monkeypatch):
+async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(caplog, monkeypatch):
     def edited(data):
         said.append(data)
         # The first line that NATS said, again, before its answer to the first ping.
         return said[0] + data if said.count(b'PONG\r\n') == 1 == len(said) - 1 else data
 
     said = []
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with running_nats() as server, logged(caplog) as lines:
         async with switch(server.ports['nats'], edited) as (port, _):
             async with joined_relay(f'nats://127.0.0.1:{port}') as one:
                 async with joined_relay(server.url) as other:
                     async with registered(one, A) as a, registered(other, B) as b:
                         await exchange(a, b)
-    assert any('interrupted by news of the cluster' in line for line in lines())
+    assert any('interrupted while connecting' in line for line in lines())
 
 
 @over_nats
 @run_async
-async def test_a_uuid_on_both_sides_of_a_split_ends_with_the_later(monkeypatch):
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
-    monkeypatch.setattr(relay, 'CLAIM_TURNS', 2)
-    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.2)  # before the servers find each other again
+async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
+    monkeypatch.setattr(relay, 'CLAIM_BEATS', 2)
+    monkeypatch.setattr(
+        relay, 'NATS_REQUEST_TIMEOUT', 0.2
+    )  # before the servers find each other again
     with running_member() as first:
         async with switch(first.ports['cluster']) as (between, writers):
             with running_member(between) as second:
@@ -4573,8 +4579,8 @@ async def test_the_peers_of_a_relay_that_is_killed_are_unknown():
 
 @over_nats
 @run_async
-async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, monkeypatch):
-    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.3)
+async def test_a_frozen_relay_delays_its_messages_only_once(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.3)
     with running_program('--host', '127.0.0.1', '--nats', bus) as program:
         async with joined_relay(bus) as one, registered(one, A) as a, registered(one, C) as near:
             async with registered(program, B) as b:
@@ -4594,16 +4600,14 @@ async def test_a_relay_that_is_frozen_is_waited_for_no_longer_than_once(bus, mon
                 await offers_of(a, b)
                 await exchange(a, b)
                 await hears_only(a)
-        assert not one.backplane.sent and not one.backplane.bytes
+        assert not one.backplane.queues and not one.backplane.in_flight
 
 
 @over_nats
 @run_async
-async def test_what_comes_back_since_another_did_not_arrive_does_not_arrive_either(
-    bus, monkeypatch
-):
-    monkeypatch.setattr(relay, 'ASK_TIMEOUT', 0.5)
-    monkeypatch.setattr(relay, 'SPREAD_TIME', 0.3)
+async def test_a_message_is_not_delivered_after_an_earlier_one_failed(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
+    monkeypatch.setattr(relay, 'SUBSCRIPTION_PROPAGATION', 0.3)
     with running_program('--host', '127.0.0.1', '--nats', bus) as program:
         async with joined_relay(bus) as one, registered(one, A) as a:
             async with registered(program, B) as b:
@@ -4623,7 +4627,7 @@ async def test_what_comes_back_since_another_did_not_arrive_does_not_arrive_eith
 
 @over_nats
 @run_async
-async def test_a_message_that_nats_does_not_take_comes_back():
+async def test_a_message_too_long_for_nats_comes_back():
     with running_nats('max_payload: 1000') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, A) as a, registered(other, B) as b:
@@ -4637,7 +4641,7 @@ async def test_a_message_that_nats_does_not_take_comes_back():
 @over_nats
 @pytest.mark.parametrize('how', ['there', 'killed', 'frozen'])
 @run_async
-async def test_a_relay_that_ends_has_delivered_what_was_on_its_way(how):
+async def test_a_relay_that_stops_delivers_what_is_in_flight(how):
     with (
         running_nats() as server,
         running_program('--host', '127.0.0.1', '--rate', '0', '--nats', server.url) as program,
@@ -4666,7 +4670,7 @@ async def test_a_relay_that_ends_has_delivered_what_was_on_its_way(how):
 
 @over_nats
 @run_async
-async def test_each_message_to_a_relay_that_ends_arrives_or_comes_back(bus):
+async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
     with running_program('--host', '127.0.0.1', '--rate', '0', '--nats', bus) as program:
         async with joined_relay(bus) as one, registered(one, A) as a:
             async with registered(program, B) as b:
@@ -4687,7 +4691,7 @@ async def test_each_message_to_a_relay_that_ends_arrives_or_comes_back(bus):
 @over_nats
 @run_async
 async def test_of_three_nats_servers_one_may_be_killed(monkeypatch):
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with contextlib.ExitStack() as stack:
         servers = []
         for _ in range(3):
@@ -4715,7 +4719,7 @@ async def test_of_three_nats_servers_one_may_be_killed(monkeypatch):
 
 @over_nats
 @run_async
-async def test_clients_that_come_and_go_leave_nothing_with_nats():
+async def test_clients_that_leave_leave_nothing_with_nats():
     with running_nats('http: "127.0.0.1:-1"') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, C) as near, registered(other, C) as newer:
@@ -4732,18 +4736,30 @@ async def test_clients_that_come_and_go_leave_nothing_with_nats():
                         if number % 3:
                             await newer.say(newer.offer(A))
                 for relays in (one, other):
-                    await until(lambda backplane=relays.backplane: not backplane.sent)
+                    await until(lambda backplane=relays.backplane: not backplane.queues)
                     await until(lambda server=relays: not holder(server, A))
                     await until(lambda server=relays: not holder(server, B))
                 await settled(one, other)
                 reading.cancel()
                 assert not one.backplane.claims and not one.backplane.subscriptions
-                assert not one.backplane.bytes and not other.backplane.bytes
+                assert not one.backplane.in_flight and not other.backplane.in_flight
                 assert len(other.backplane.claims) == len(other.backplane.subscriptions) == 1
-                # One for the client that is left, and one for each relay's answers.
-                await until(lambda: running('_wait_for_msgs') == 3 and running('Backplane') == 2)
-                connections = (await connz(server))['connections']
-                assert sum(connection['subscriptions'] for connection in connections) == 3
+                # One for the client that is left; for each relay, its claims and its answers.
+                await until(lambda: running('_wait_for_msgs') == 5 and running('Backplane') == 4)
+                await until_subscribed(server, one, other)
+
+
+async def until_subscribed(server, *relays):
+    """Wait until a NATS server has the subscriptions that relays believe they have."""
+    url = f'http://127.0.0.1:{server.ports["monitoring"]}/subsz?subs=1&limit=100000'
+    while True:
+        with await asyncio.to_thread(urllib.request.urlopen, url) as answer:
+            found = json.load(answer)
+        listed = [item['subject'] for item in found.get('subscriptions_list', [])]
+        listed = sorted(x for x in listed if x.startswith('relay.client.'))
+        held = [c for r in relays for c in r.backplane.subscriptions]
+        if listed == sorted(relay._subject(client.user, client.uuid) for client in held):
+            return
 
 
 def running(name):
@@ -4754,7 +4770,7 @@ def running(name):
 @over_nats
 @run_async
 async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with running_nats('authorization: {user: relay, password: secret}') as server:
         right, wrong = (
             server.url.replace('//', f'//relay:{word}@') for word in ('secret', 'wr0ng')
@@ -4777,7 +4793,7 @@ async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
 @over_nats
 @run_async
 async def test_relays_meet_over_tls_to_nats_and_not_if_it_is_another_server(pem, monkeypatch):
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
     files = '{{cert_file: "{0}/{1}.pem", key_file: "{0}/{1}.key"}}'
     servers = [running_nats(f'tls: {files.format(pem, name)}') for name in ('cert', 'other')]
@@ -4786,8 +4802,8 @@ async def test_relays_meet_over_tls_to_nats_and_not_if_it_is_another_server(pem,
         async with two_relays(known) as (one, two), joined_relay(other, wait=False) as lost:
             async with registered(one, A) as a, registered(two, B) as b, registered(lost, C) as c:
                 await exchange(a, b)
-                await until(lambda: lost.backplane.faults)
-                assert any('certificate verify failed' in fault for fault in lost.backplane.faults)
+                await until(lambda: lost.backplane.logged)
+                assert any('certificate verify failed' in fault for fault in lost.backplane.logged)
                 answer = await c.ask(c.offer(B))
                 assert answer == sent_back(c.offer(B), relay.FORWARD_ERRORS['disconnected'])
 
@@ -4819,14 +4835,14 @@ def without_package(name, tmp_path, monkeypatch):
 def test_without_nats_py_the_option_is_one_line(tmp_path, monkeypatch):
     without_package('nats', tmp_path, monkeypatch)
     line = fails('--port', '0', '--nats', 'nats://127.0.0.1')
-    assert line == "relay.py: --nats: No module named 'nats'; pip install nats-py mends it\n"
+    assert line == "relay.py: --nats: No module named 'nats'; try: pip install nats-py\n"
 
 
 @over_nats
 def test_without_nkeys_credentials_are_one_line(tmp_path, monkeypatch):
     without_package('nkeys', tmp_path, monkeypatch)
     line = fails('--port', '0', '--nats', 'nats://127.0.0.1', '--nats-creds', os.devnull)
-    assert line.endswith("No module named 'nkeys'; pip install 'nats-py[nkeys]' mends it\n")
+    assert line.endswith("No module named 'nkeys'; try: pip install 'nats-py[nkeys]'\n")
 
 
 def test_without_the_option_nothing_of_nats_is_imported(tmp_path, monkeypatch):
@@ -4928,22 +4944,74 @@ async def test_what_goes_over_nats_is_counted(bus, monkeypatch):
 
 
 @over_nats
+@pytest.mark.parametrize('error, count', [('ConnectionClosedError', 0), ('KeyError', 1)])
 @run_async
-async def test_what_fails_as_nats_is_lost_is_not_logged_as_a_defect(bus, caplog):
+async def test_a_bug_in_a_task_is_logged_as_an_error_and_a_fault_is_not(bus, caplog, error, count):
     async def fail():
-        raise nats.errors.ConnectionClosedError
+        raise {**vars(nats.errors), 'KeyError': KeyError}[error]
 
     async with joined_relay(bus) as server:
-        failing = server.backplane._start(fail())
-        await asyncio.wait({failing})
-        del failing
+        await asyncio.wait({server.backplane._start(fail())})
         gc.collect()
-    assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
+    lines = [r.getMessage() for r in caplog.records if r.levelname == 'ERROR']
+    assert lines == ['Internal error while using NATS'] * count
 
 
 @over_nats
 @run_async
-async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplog, monkeypatch):
+async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, monkeypatch):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await exchange(a, b)
+            with monkeypatch.context() as patch:
+                patch.setattr(one.backplane, '_read_verdicts', None)
+                await a.say(a.offer(B))
+                assert (await a.hear())['error'].endswith(DISCONNECTED)
+            assert await b.hear() == a.offer(B)  # this could not be known
+            await exchange(a, b)
+            assert not one.backplane.queues and not one.backplane.total_in_flight
+    assert 'Internal error while using NATS' in [r.getMessage() for r in caplog.records]
+
+
+@over_nats
+@run_async
+async def test_a_connection_lost_while_the_relay_subscribes_is_a_fault(bus, caplog, monkeypatch):
+    async def interrupted(client, *args, **options):
+        found = await subscribe(client, *args, **options)
+        if not calls:
+            calls.append(args)
+            await client.close()
+        return found
+
+    calls, subscribe = [], nats.NATS.subscribe
+    monkeypatch.setattr('nats.NATS.subscribe', interrupted)
+    async with joined_relay(bus):
+        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    lost = '; clients of other relays cannot be reached'
+    assert lines == [f'NATS: interrupted while connecting{lost}']
+
+
+@over_nats
+@run_async
+async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
+    relay._import_nats(None)
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        _, writer = await asyncio.open_connection(*server.getsockname())
+        accepted, _ = server.accept()
+        descriptor = writer.get_extra_info('socket').fileno()
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        accepted.close()
+        for _ in range(3):  # as nats-py does, which does not know yet
+            writer.writelines([b'x'])
+        with pytest.raises(OSError):
+            await writer.drain()
+            await writer.wait_closed()
+    assert not asyncio.get_running_loop().remove_writer(descriptor)
+
+
+@over_nats
+@run_async
+async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monkeypatch):
     answering = asyncio.Event()
 
     async def respond(message, data):
@@ -4952,7 +5020,7 @@ async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplo
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(relay, 'PULSE', 0.02)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     monkeypatch.setattr('nats.aio.msg.Msg.respond', respond)
     with running_nats() as process:
         async with two_relays(process.url) as (one, other):
@@ -4964,6 +5032,636 @@ async def test_an_answer_that_is_on_its_way_as_nats_is_lost_leaves_nothing(caplo
     gc.collect()
     assert not [task for task in asyncio.all_tasks() if '_wait_for_msgs' in repr(task)]
     assert [record.name for record in caplog.records if record.levelname == 'ERROR'] == []
+
+
+@over_nats
+@run_async
+async def test_all_clients_are_reached_after_nats_is_killed_in_the_middle_of_claiming(monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
+    calls, servers = [], []
+    subscribe, later = nats.NATS.subscribe, contextlib.ExitStack()
+
+    async def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 30:
+            server.kill()
+            server.wait()
+            # The relay is busy until NATS has long been there again.
+            again = running_nats('http: "127.0.0.1:-1"', port=port)
+            servers.append(later.enter_context(again))
+            time.sleep(0.6)
+        return await subscribe(*args, **options)
+
+    with later, port_to_come() as port, running_nats(port=port) as server:
+        async with two_relays(server.url) as (one, other), contextlib.AsyncExitStack() as stack:
+            uuids = [UUID(int=n) for n in range(1000, 1060)]
+            peers = [await stack.enter_async_context(registered(other, u)) for u in uuids]
+            await settled(other)
+            with monkeypatch.context() as patch:
+                patch.setattr('nats.NATS.subscribe', interrupted)
+                other.backplane.nats._transport.close()
+                await until(lambda: len(calls) > 30 + 60)
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await settled(one, other)
+            async with registered(one, A) as a:
+                for peer in peers:
+                    await a.say(a.offer(peer.uuid))
+                    assert await peer.hear() == a.offer(peer.uuid)
+                await until_subscribed(*servers, one, other)
+
+
+@over_nats
+@pytest.mark.parametrize('how', ['reset', 'killed'])
+@run_async
+async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch):
+    async def drain(transport):
+        if lost:
+            transport._io_writer.transport.abort()
+            raise ConnectionResetError
+
+    async def flush_pending(client, *args, **options):
+        await flush(client, *args, **options)
+        if client.is_closed:  # something is still to be written when it closes
+            client._pending_data_size = 1
+
+    lost, flush = [], nats.NATS._flush_pending
+    monkeypatch.setattr('nats.aio.transport.TcpTransport.drain', drain)
+    monkeypatch.setattr('nats.NATS._flush_pending', flush_pending)
+    monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
+    with running_nats() as server:
+        async with Link(server.ports['nats']) as link, contextlib.AsyncExitStack() as stack:
+            one = await stack.enter_async_context(joined_relay(link.url))
+            for n in range(50):
+                await stack.enter_async_context(registered(one, UUID(int=n + 1)))
+            await settled(one)
+            tasks = [t for t in asyncio.all_tasks() if '_wait_for_msgs' in repr(t)]
+            assert len(tasks) >= 51
+            lost.append(how)
+            if how == 'killed':
+                server.kill()
+            link.reset()
+            await asyncio.wait(tasks)
+            lost.clear()
+            if how == 'reset':
+                await until(lambda: one.backplane.connected)
+    del tasks
+    gc.collect()
+    assert not [t for t in asyncio.all_tasks() if '_wait_for_msgs' in repr(t)]
+    assert [r.getMessage() for r in caplog.records if r.levelname == 'ERROR'] == []
+
+
+@over_nats
+@run_async
+async def test_each_message_goes_to_only_one_of_two_holders(bus, monkeypatch):
+    async def ignore(backplane, message):
+        pass
+
+    monkeypatch.setattr('relay.Backplane._on_claims', ignore)
+    async with two_relays(bus) as (one, two), joined_relay(bus) as three:
+        async with registered(one, B) as b, registered(two, B) as b2, registered(three, A) as a:
+            await settled(one, two)
+            offers = [a.offer(B, description=str(n)) for n in range(100)]
+            for offer in offers:
+                await a.say(offer)
+                await dealt_with(a)
+                await until(lambda: not three.backplane.queues)
+            await hears_only(a)
+            found = []
+            for peer in (b, b2):
+                mark = peer.offer(B, description='end')
+                await peer.say(mark)
+                while (message := await peer.hear()) != mark:
+                    found.append(message)
+            assert sorted(found, key=lambda m: int(m['description'])) == offers
+
+
+@over_nats
+@run_async
+async def test_a_burst_over_a_slow_link_arrives_in_order(bus):
+    async with Link(urlsplit(bus).port, delay=0.08) as slow:
+        async with joined_relay(slow.url) as one, joined_relay(bus) as other:
+            async with registered(one, A) as a, registered(other, B) as b:
+                await meet(a, b)
+                for sender, receiver in ((a, b), (b, a)):
+                    offers = [sender.offer(receiver.uuid, description=str(n)) for n in range(100)]
+                    for offer in offers:
+                        await sender.say(offer)
+                    await hears_only(receiver, *offers)
+                await hears_only(a)
+                await hears_only(b)
+
+
+@over_nats
+@pytest.mark.parametrize('reply', ['sold_out', 'backlog,backlog', '{"verdict": null}', '\x00'])
+@run_async
+async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, caplog, reply):
+    client = await nats.connect(bus)
+
+    async def answer(message):
+        await message.respond(reply.encode())
+
+    await client.subscribe(relay._subject('', B), queue='relays', cb=answer)
+    async with joined_relay(bus) as one, registered(one, A) as a:
+        await client.flush()
+        for _ in range(2):
+            back = await a.ask(a.offer(B))
+            assert back == sent_back(a.offer(B), relay.FORWARD_ERRORS['disconnected'])
+    await client.close()
+    warnings = [r.getMessage() for r in caplog.records if 'verdict' in r.getMessage()]
+    assert warnings == ['NATS: another relay gave a verdict not known here']
+
+
+@over_nats
+@run_async
+async def test_claims_of_another_version_are_ignored_with_one_warning(bus, caplog):
+    client = await nats.connect(bus)
+    async with joined_relay(bus) as one, registered(one, A) as a:
+        await settled(one)
+        claim = [relay._subject('', A), time.time_ns() + HOUR, 'f', 0, 'x', 'an additional item']
+        for _ in range(2):
+            batch = {'version': 2, 'claims': [claim]}
+            await client.publish('relay.claims', json.dumps(batch).encode())
+        await client.flush()
+        await settled(one)
+        await exchange(a, a)
+        warnings = [r.getMessage() for r in caplog.records if 'version' in r.getMessage()]
+        assert warnings == ['NATS: another relay makes claims of a version not known here']
+        batch = {'version': 1, 'claims': [claim], 'an additional key': None}
+        await client.publish('relay.claims', json.dumps(batch).encode())
+        assert await a.closed_with() == 1001
+    await client.close()
+
+
+@over_nats
+@run_async
+async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, caplog):
+    async with two_relays(bus) as servers, contextlib.AsyncExitStack() as stack:
+        for number in range(10):
+            peer = await stack.enter_async_context(registered(servers[number % 2], A))
+            await settled(*servers)
+            address = '127.0.0.1:%d' % peer.websocket.local_address[1]
+        lines = [r.getMessage() for r in caplog.records if 'again and again' in r.getMessage()]
+    # Each relay counts by itself.
+    assert len(lines) == 2 and address
+    place = r'127\.0\.0\.1:\d+'
+    for line in lines:
+        assert re.match(f'UUID {A} .* by {place} and {place} \\(on another relay\\); ', line)
+        assert line.endswith('give one of them a new UUID')
+
+
+@over_nats
+@run_async
+async def test_messages_in_flight_are_limited_in_total(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_IN_FLIGHT', 100_000)
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.3)
+    totals, count = [], relay.Backplane._count
+
+    def counted(backplane, client, size):
+        count(backplane, client, size)
+        totals.append(backplane.total_in_flight)
+
+    monkeypatch.setattr('relay.Backplane._count', counted)
+    with running_program('--host', '127.0.0.1', '--nats', bus) as program:
+        async with joined_relay(bus) as one, registered(one, A) as a, registered(one, C) as c:
+            async with registered(program, B) as b:
+                await meet(a, b)
+                strike(program, 'frozen')
+                for sender in (a, c):
+                    for _ in range(100):
+                        await sender.say(sender.offer(B, description='x' * 1000))
+                for sender in (a, c):
+                    for _ in range(100):
+                        assert (await sender.hear())['error'].endswith(DISCONNECTED)
+                assert 90_000 < max(totals) <= 100_000
+                assert one.backplane.total_in_flight == 0 and not one.backplane.in_flight
+                program.send_signal(signal.SIGCONT)
+                b.websocket.transport.abort()  # it has more unread messages than it would read
+
+
+@over_nats
+@run_async
+async def test_messages_wait_for_a_relay_that_is_upgraded_or_come_back_as_disconnected(bus):
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await exchange(a, b)
+            offers, backplane = [], other.backplane
+
+            async def talk():
+                for number in range(10**6):
+                    offers.append(a.offer(B, description=str(number)))
+                    await a.say(offers[-1])
+                    await asyncio.sleep(0.002)
+
+            talking = asyncio.ensure_future(talk())
+            await backplane.close(upgrading=True)
+            claims = {client: relay.Claim(*claim) for client, claim in backplane.claims.items()}
+            other.backplane = None
+            sent = len(offers)
+            await until(lambda: len(offers) > sent + 100)
+            other.backplane = relay.Backplane(other, [bus], None)
+            for client, claim in claims.items():
+                other.backplane.announce(client, claim)
+            await settled(other)
+            assert dict(other.backplane.claims) == claims
+            talking.cancel()
+            await until(lambda: not one.backplane.queues)
+            found = [json.loads(await b.websocket.recv()) for _ in range(one_count(one))]
+            back = [await a.hear() for _ in range(len(offers) - len(found))]
+            assert {x['error'].partition('because ')[2] for x in back} <= {DISCONNECTED[8:]}
+            numbers = [int(message['description']) for message in found]
+            assert numbers == sorted(numbers)
+            assert sorted(numbers + [int(x['description']) for x in back]) == [*range(len(offers))]
+            await exchange(a, b)
+
+
+def one_count(server):
+    return server.counts['remote_messages'] - 1
+
+
+@over_nats
+@run_async
+async def test_an_upgrade_that_takes_too_long_sends_messages_back(bus, monkeypatch):
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
+    async with two_relays(bus) as (one, other):
+        async with registered(one, A) as a, registered(other, B) as b:
+            await exchange(a, b)
+            await other.backplane.close(upgrading=True)
+            back = await a.ask(a.offer(B))
+            assert back == sent_back(a.offer(B), relay.FORWARD_ERRORS['disconnected'])
+            monkeypatch.setattr(one.backplane, 'upgrade_ends', 0)
+            assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
+            await hears_only(b)
+
+
+# ------------------------------------------------------------------------------- Checker
+
+
+class Link:
+    """A TCP proxy that can be cut, stalled, or slow."""
+
+    def __init__(self, port, delay=0):
+        self.port, self.delay = port, delay  # s, each way
+        self.flowing, self.cut, self.transports = asyncio.Event(), False, set()
+        self.flowing.set()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.accept, '127.0.0.1', 0)
+        self.url = 'nats://127.0.0.1:%d' % self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+        self.reset()
+
+    def reset(self):
+        """Reset all connections."""
+        for transport in self.transports:
+            transport.abort()
+
+    async def accept(self, reader, writer):
+        self.transports.add(writer.transport)
+        try:
+            far_reader, far_writer = await asyncio.open_connection('127.0.0.1', self.port)
+            self.transports.add(far_writer.transport)
+            if self.cut:
+                self.reset()
+            copies = self.copy(reader, far_writer), self.copy(far_reader, writer)
+            await asyncio.gather(*copies)
+            self.transports.discard(far_writer.transport)
+        except (OSError, asyncio.CancelledError):
+            writer.transport.abort()
+        self.transports.discard(writer.transport)
+
+    async def copy(self, reader, writer):
+        pieces, loop = asyncio.Queue(), asyncio.get_running_loop()
+
+        async def write():
+            while (piece := await pieces.get()) is not None:
+                await asyncio.sleep(piece[0] - loop.time())
+                await self.flowing.wait()
+                writer.write(piece[1])
+            writer.transport.abort()
+
+        writing = asyncio.ensure_future(write())
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                pieces.put_nowait((loop.time() + self.delay, data))
+        pieces.put_nowait(None)
+        await writing
+
+
+class Attempt:
+    """A client's registration in the checker: a connection, and what became of it."""
+
+    def __init__(self, uuid, place, began):
+        self.uuid, self.place, self.began = uuid, place, began
+        self.websocket = self.registered = self.ended = None
+        self.last_heard = {}  # number of the last message, by sender
+
+    @property
+    def alive(self):
+        return self.registered is not None and self.ended is None
+
+
+class Process:
+    """A program of the checker that can be killed, frozen and started again."""
+
+    def __init__(self, folder, name, command):
+        self.log, self.command = Path(folder, name), [str(word) for word in command]
+        self.deaths = []
+        self.start()
+
+    def start(self):
+        with self.log.open('ab') as log:
+            self.child = subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def kill(self):
+        self.deaths.append(time.monotonic())
+        self.child.kill()
+        self.child.wait()
+
+
+class Checker:
+    """Relays, NATS servers and clients that exchange numbered messages while faults happen.
+
+    It sees only what clients see, and the logs: one outcome for each message, in order; one
+    holder of each UUID, the one that registered last; nobody dropped without a reason; no ERROR.
+    """
+
+    def __init__(self, seed, relays, servers, faults):
+        self.random, self.size, self.faults = random.Random(seed), (relays, servers), faults
+        self.attempts, self.problems, self.quick, self.ongoing = [], [], False, set()
+        self.holders = {UUID(int=n): None for n in range(1, 13)}  # the last attempt, by UUID
+        self.messages, self.outcomes = [], {}
+        self.counts = dict.fromkeys(['messages', 'takeovers', 'faults'], 0)
+        self.overtaken = []  # messages that arrived after a later one of their pair
+
+    async def start(self, stack, folder):
+        """Start servers, links and relays."""
+        relays, servers = self.size
+        ports = [stack.enter_context(port_to_come()) for _ in range(relays + 2 * servers)]
+        self.servers, self.routes = [], []
+        for n in range(servers):
+            lines = ['listen: "127.0.0.1:%d"' % ports.pop()]
+            if servers > 1:
+                text = 'name: c, no_advertise: true, listen: "127.0.0.1:%d", routes: [%s]'
+                urls = ', '.join('"%s"' % link.url for link in self.routes)
+                lines.append('cluster: {%s}' % text % (ports[-1], urls))
+                self.routes.append(await stack.enter_async_context(Link(ports.pop())))
+            path = Path(folder, f'{n}.conf')
+            path.write_text('\n'.join(lines))
+            self.servers.append(Process(folder, f'nats-{n}', [NATS_SERVER, '-c', path]))
+            self.servers[-1].port = int(re.search(r':(\d+)', lines[0])[1])
+        self.links, self.relays = [], []
+        for n in range(relays):
+            links = [await stack.enter_async_context(Link(s.port)) for s in self.servers]
+            options = [word for link in links for word in ('--nats', link.url)]
+            command = [sys.executable, HERE / 'relay.py', '--host', '127.0.0.1', '--rate', 0]
+            command += ['--port', ports.pop(), *options]
+            self.relays.append(Process(folder, f'relay-{n}', command))
+            self.relays[-1].url = f'ws://127.0.0.1:{command[7]}'
+            self.links += links
+        for process in self.relays + self.servers:
+            stack.callback(process.kill)
+        stack.callback(lambda: [link.server.close() for link in self.links])
+        await self.wait_for(lambda: all(b'connected' in r.log.read_bytes() for r in self.relays))
+
+    async def wait_for(self, condition, patience=30):
+        """Wait until a condition holds; return whether it does."""
+        end = time.monotonic() + patience
+        while not condition() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return condition()
+
+    async def register(self, uuid, place):
+        """Register a UUID with a relay, if that works, and listen until the connection ends."""
+        attempt, before = Attempt(uuid, place, time.monotonic()), self.holders.get(uuid)
+        try:
+            attempt.websocket = await open_websocket(self.relays[place].url, open_timeout=5)
+            peer = Peer(attempt.websocket, uuid)
+            await peer.say(peer.registration())
+            answer = await asyncio.wait_for(peer.hear(), 10)
+            assert answer == peer.response(), answer
+        except (OSError, EOFError, asyncio.TimeoutError, WebSocketException):
+            if attempt.websocket is not None:
+                attempt.websocket.transport.abort()
+                # It may have been registered without knowing it, and holds the UUID for a moment.
+                attempt.ended = time.monotonic()
+                self.attempts.append(attempt)
+            return None
+        attempt.registered = time.monotonic()
+        self.attempts.append(attempt)
+        self.holders[uuid] = attempt
+        self.counts['takeovers'] += before is not None and before.alive
+        attempt.listening = asyncio.ensure_future(self.listen(attempt))
+        return attempt
+
+    async def register_at_last(self, uuid, place=0):
+        """Register a UUID with a relay that may have been started only now."""
+        while not (attempt := await self.register(uuid, place)):
+            await asyncio.sleep(0.05)
+        return attempt
+
+    async def listen(self, attempt):
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                message = json.loads(await attempt.websocket.recv())
+                number = int(message['description'])
+                back = message['error'] and message['error'].partition('because ')[2]
+                self.outcomes.setdefault(number, []).append(back)
+                sender = self.messages[number][0]
+                if not back:
+                    if attempt.last_heard.get(sender, -1) >= number:
+                        self.overtaken.append(number)
+                    attempt.last_heard[sender] = number
+        attempt.ended = time.monotonic()
+
+    async def send(self, attempt, uuid):
+        number = len(self.messages)
+        self.messages.append((attempt, uuid, time.monotonic()))
+        self.counts['messages'] += 1
+        with contextlib.suppress(ConnectionClosed):
+            peer = Peer(attempt.websocket, attempt.uuid)
+            await peer.say(peer.offer(uuid, description=str(number)))
+        return number
+
+    async def talk(self):
+        """Send bursts between random clients."""
+        while True:
+            living = [a for a in self.holders.values() if a and a.alive]
+            if living:
+                sender, uuid = self.random.choice(living), self.random.choice([*self.holders])
+                for _ in range(self.random.choice((1, 1, 1, 5, 20))):
+                    await self.send(sender, uuid)
+            await asyncio.sleep(self.random.uniform(0, 0.01))
+
+    async def take_over(self):
+        """Register random UUIDs with random relays, one registration of each at a time."""
+        busy = {}
+        while True:
+            uuid, place = self.random.choice([*self.holders]), self.random.randrange(self.size[0])
+            if uuid not in busy or busy[uuid].done():
+                busy[uuid] = asyncio.ensure_future(self.register(uuid, place))
+                self.ongoing.add(busy[uuid])
+            await asyncio.sleep(self.random.uniform(0, 0.03))
+
+    async def harm(self):
+        """Let faults happen, some at a time, but one of each thing."""
+        harmed = {}
+        while True:
+            seconds = self.random.choice((0.1, 0.5, 1, 3)[: 2 if self.quick else 4])
+            kind, things = self.random.choice(
+                [('process', self.relays), ('process', self.servers), ('link', self.links)]
+            )
+            thing = self.random.choice(things)
+            if thing not in harmed or harmed[thing].done():
+                harm = self.harm_process if kind == 'process' else self.harm_link
+                harmed[thing] = asyncio.ensure_future(harm(thing, seconds))
+                self.ongoing.add(harmed[thing])
+                self.counts['faults'] += 1
+                await asyncio.wait({harmed[thing]}, timeout=0.7)
+
+    async def harm_process(self, process, seconds):
+        if self.random.random() < 0.5:
+            process.kill()
+            await asyncio.sleep(seconds)
+            if process.child.poll() is not None:
+                process.start()
+        else:
+            strike(process.child, 'frozen')
+            await asyncio.sleep(seconds)
+            process.child.send_signal(signal.SIGCONT)
+
+    async def harm_link(self, link, seconds):
+        if self.random.random() < 0.5:
+            link.cut = True
+            link.reset()
+            await asyncio.sleep(seconds)
+            link.cut = False
+        else:
+            link.flowing.clear()
+            await asyncio.sleep(seconds)
+            link.flowing.set()
+
+    async def run(self, seconds):
+        """Let everything happen for so long, then see that all is well; return the figures."""
+        self.quick = seconds < 5
+        work = [self.talk(), self.take_over()] + ([self.harm()] if self.faults else [])
+        for uuid in self.holders:
+            await self.register(uuid, self.random.randrange(self.size[0]))
+        tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            task.cancel()
+        done, _ = await asyncio.wait(tasks)
+        for task in done:
+            if not task.cancelled():
+                task.result()
+        # Faults end, and registrations that have begun.
+        await asyncio.gather(*self.ongoing)
+        await self.look_at_holders()
+        await self.look_at_messages()
+        self.look_at_ends()
+        for process in self.relays:
+            text = process.log.read_text()
+            found = re.search('ERROR|Traceback|destroyed', text)
+            if found:
+                self.problems.append(f'{process.log.name}: {text[found.start() - 200 :][:2500]}')
+        return self.counts
+
+    async def look_at_holders(self):
+        """See that each UUID is reached from each relay, where it registered last."""
+        for uuid in [uuid for uuid, a in self.holders.items() if not (a and a.alive)]:
+            await asyncio.wait_for(self.register_at_last(uuid), 30)
+        places = range(self.size[0])
+        joining = [self.register_at_last(uuid4(), place) for place in places]
+        probes = await asyncio.wait_for(asyncio.gather(*joining), 30)
+        # Relays claim once a minute, in case NATS servers lost each other for a time.
+        patience = 20 if self.size[1] == 1 else 80
+        end = time.monotonic() + patience
+        missing = {(probe, uuid) for probe in probes for uuid in self.holders}
+        while missing and time.monotonic() < end:
+            sent = {await self.send(*pair): pair for pair in missing}
+            await self.wait_for(lambda sent=sent: all(n in self.outcomes for n in sent), 4)
+            missing -= {p for n, p in sent.items() if self.outcomes.get(n) == [None]}
+        self.problems += [f'{uuid} is not reached from relay {p.place}' for p, uuid in missing]
+
+        def extra():
+            return [a for a in self.attempts if a.alive and self.holders[a.uuid] is not a]
+
+        await self.wait_for(lambda: not extra(), patience)
+        self.problems += [f'{attempt.uuid} is still held at an older place' for attempt in extra()]
+
+    async def look_at_messages(self):
+        """See that each message has one outcome, or a reason to have none, or another."""
+        await self.wait_for(lambda: not self.without_outcome(), 6)
+        self.problems += [f'message {number}: no outcome' for number in self.without_outcome()]
+        # One that came back as disconnected may still arrive, at any time.
+        late = [number for number in self.overtaken if len(self.outcomes[number]) == 1]
+        self.problems += [f'message {number} out of order' for number in late]
+        for number, found in self.outcomes.items():
+            name = ['arrived' if x is None else x for x in found]
+            for kind in name:
+                self.counts[kind] = self.counts.get(kind, 0) + 1
+            late = self.faults and sorted(map(str, found)) == ['None', DISCONNECTED[8:]]
+            if late:
+                self.counts['arrived and came back'] = (
+                    self.counts.get('arrived and came back', 0) + 1
+                )
+            elif len(found) != 1:
+                self.problems.append(f'message {number}: {name}')
+
+    def without_outcome(self):
+        missing = set(range(len(self.messages))) - self.outcomes.keys()
+        return [number for number in missing if not self.excused(*self.messages[number])]
+
+    def excused(self, sender, uuid, sent):
+        """Return whether nobody may be left who could have heard the outcome of a message."""
+        return sender.ended is not None or (
+            self.faults
+            and any(a.uuid == uuid and a.ended and a.ended > sent for a in self.attempts)
+        )
+
+    def look_at_ends(self):
+        """See that each connection that ended was displaced, or its relay killed."""
+        for attempt in self.attempts:
+            later = any(
+                a.uuid == attempt.uuid and a.began >= attempt.began and a is not attempt
+                for a in self.attempts
+            )
+            killed = any(death > attempt.began for death in self.relays[attempt.place].deaths)
+            if attempt.registered and attempt.ended and not later and not killed:
+                self.problems.append(f'{attempt.uuid} was dropped: {attempt.websocket.close_code}')
+
+
+async def check_relays(seed, seconds, relays=2, servers=1, faults=True):
+    """Check relays under random faults; return figures. Raises AssertionError with problems."""
+    checker = Checker(seed, relays, servers, faults)
+    with tempfile.TemporaryDirectory() as folder:
+        async with contextlib.AsyncExitStack() as stack:
+            await checker.start(stack, folder)
+            try:
+                figures = await checker.run(seconds)
+            finally:
+                for attempt in checker.attempts:
+                    attempt.websocket.transport.abort()
+            for process in checker.relays + checker.servers:
+                process.kill()
+    assert not checker.problems, f'seed {seed}: {checker.problems[:20]} of {len(checker.problems)}'
+    return figures
+
+
+@over_nats
+@pytest.mark.parametrize('relays', [2, 3])
+def test_relays_recover_from_random_faults(relays):
+    figures = asyncio.run(check_relays(1, 1.5, relays))
+    assert figures['messages'] > 100 and figures['faults']
+
+
+@over_nats
+def test_each_message_has_one_outcome_during_takeovers():
+    figures = asyncio.run(check_relays(1, 2, relays=3, servers=3, faults=False))
+    assert figures['messages'] > 100 and figures['takeovers']
 
 
 # ------------------------------------------------------------------------------- Files
@@ -5204,20 +5902,35 @@ def figures(talk, latencies):
 def options_of(argv):
     parser = argparse.ArgumentParser('test_relay.py', usage=argparse.SUPPRESS)
     parser.description = 'Measure a relay: each of some clients exchanges offers with another.'
+    checks = 'instead, check relays of its own over NATS under random faults'
     add, number = parser.add_argument, functools.partial(relay._integer, least=1)
-    add('url', metavar='URL', help='of the relay, with a token if it wants one')
+    add('url', metavar='URL', nargs='?', help='of the relay, with a token if it wants one')
+    add('--check-relays', action='store_true', help=checks)
+    add('--seed', default=1, type=int, metavar='N', help='of a check (%(default)s)')
+    add('--relays', default=2, type=number, metavar='N', help='of a check (%(default)s)')
+    add('--servers', default=1, type=number, metavar='N', help='of NATS, in a check (%(default)s)')
+    add('--no-faults', action='store_true', help='check takeovers alone')
     add('--pairs', default=50, type=number, metavar='N', help='of clients (%(default)s)')
     add('--seconds', default=10, type=float, metavar='S', help='to measure (%(default)s)')
     add('--size', default=1024, type=number, metavar='BYTES', help='of an offer (%(default)s)')
     add('--pid', type=number, help="the relay's process on this host, to see its CPU and memory")
     add('--json', action='store_true', help='print one JSON object')
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.url is None and not options.check_relays:
+        parser.error('the following arguments are required: URL')
+    return options
 
 
 def main(argv=None):
     """Measure a relay; return the exit status."""
     options = options_of(argv)
     logging.disable()  # what goes wrong is told in one line
+    if options.check_relays:
+        size = options.relays, options.servers
+        print(
+            asyncio.run(check_relays(options.seed, options.seconds, *size, not options.no_faults))
+        )
+        return 0
     try:
         found = asyncio.run(measure(options))
     except (relay.StartError, KeyboardInterrupt) as error:
