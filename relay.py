@@ -63,9 +63,11 @@ import resource
 import signal
 import socket
 import ssl
+import stat
 import sys
 import time
 from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Callable, NamedTuple, Optional, get_type_hints
@@ -103,6 +105,8 @@ MAX_UNREGISTERED = 2**16  # input of a client that has not registered; ample for
 MAX_BACKLOG = 2**20  # output waiting for one client; if none is waiting, any message is accepted
 MAX_BUFFERED = 2**28  # input and output waiting, all connections together
 LONG_MESSAGE = 2**15  # longer messages are decoded one at a time, to keep the event loop free
+SLICE = 2**15  # input of one client that is processed in one turn of the event loop
+SLICE_MINIMUM = 2**11  # of a slice, used by each frame however short
 RATE_UNIT = 2**14  # a message counts once against the rate for each started unit
 RECEIVE_BUFFER = 2**16  # read at once, and by the kernel ahead; a flood waits in its sender
 SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
@@ -118,8 +122,8 @@ STOP_TIMEOUT = 12  # for the relay to stop, whatever its clients do
 STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; it is answered with 503
 STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
 SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
-TIME_SLICE = 0.002  # of the event loop for one connection, before others get their turn
 ACCEPT_RETRY = 1  # until accepting is tried again after running out of file descriptors
+TRIAL_TIMEOUT = 30  # for a new version to show that it starts
 CHECK_TIMEOUT = 10  # for a --check
 REFUSAL_INTERVAL = 60  # between log lines about one source of refusals; all are counted
 FIGHT_INTERVAL = 60  # between warnings about two clients that displace each other
@@ -135,7 +139,7 @@ MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able 
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
 MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
-ACCEPT_BATCH = 64  # connections accepted in one turn of the event loop
+ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 
 
 # NATS.
@@ -641,6 +645,16 @@ class RelayServer:
         self._websocket_to_client[client.websocket] = client
         self.start_registration_timer(client, REGISTER_TIMEOUT)
 
+    def readmit(self, client: Client, seconds: float | None, claim: Any) -> None:
+        """Put a client into the registry that the version before an upgrade has left."""
+        self._websocket_to_client[client.websocket] = client
+        if seconds is not None:
+            self.start_registration_timer(client, seconds)
+        if client.uuid is not None:
+            self._uuid_to_client[client.user, client.uuid] = client
+            if self.backplane is not None:
+                self.backplane.announce(client, claim)
+
     def start_registration_timer(self, client: Client, seconds: float) -> None:
         """Close a client with 1008 unless it registers in time."""
         reason = f'not registered within {REGISTER_TIMEOUT} s'
@@ -907,10 +921,15 @@ class RelayServer:
             notify('READY=1')
         if tokens:
             self.tokens = tokens
-            for client in list(self._websocket_to_client.values()):
-                if tokens.get(client.credentials.token_hash) != client.user:
-                    self._close(client, 1008, 'the token was revoked')
+        self.close_revoked()
         logger.info('Reloaded')
+
+    def close_revoked(self) -> None:
+        """Close clients whose token is no longer in the file."""
+        for client in list(self._websocket_to_client.values()):
+            if self.tokens is not None:
+                if self.tokens.get(client.credentials.token_hash) != client.user:
+                    self._close(client, 1008, 'the token was revoked')
 
 
 def limit_socket(sock: Any) -> None:
@@ -955,7 +974,8 @@ def limit_socket(sock: Any) -> None:
 RATE_LIMIT = 'rate limit'  # until the client's next message is within the rate (a timer)
 TAKEOVER = 'takeover'  # until the previous holder of its UUID has closed (a future)
 UNREAD = 'unread output'  # until the client has read most of its output (_on_writable)
-TURN = 'turn'  # until it is its turn, after a time slice or for a long message (Listener)
+TURN = 'turn'  # until its long message may be decoded (Listener.request_turn)
+SLICE_USED = 'slice used'  # until the next turn of the event loop
 NOT_PAUSED: frozenset[str] = frozenset()
 
 PING_TIMEOUT = 'keepalive ping timeout'
@@ -1035,16 +1055,20 @@ def frame_size(data: bytearray) -> tuple[int, int]:
 class Connection:
     """The connection of one client. All of it does nothing once the connection is closed."""
 
-    def __init__(self, server: Listener, sock: socket.socket, address: Any) -> None:
+    def __init__(
+        self, server: Listener, sock: socket.socket, address: Any, state: State = CONNECTING
+    ) -> None:
         limits = server.limits
         self.server, self.relay, self.loop = server, server.relay, server.loop
         self.sock, self.remote_address = sock, address
-        self.protocol = ServerProtocol(origins=limits.origins, max_size=limits.max_size)
+        self.protocol = ServerProtocol(
+            origins=limits.origins, max_size=limits.max_size, state=state
+        )
         self.tls = TlsSession(server.tls) if server.tls is not None else None
         self.client = Client('', None, self, self)
         self.input, self.output = bytearray(), bytearray()
         self.fragments = bytearray()  # of a message whose last frame is still to come
-        self.opcode = TEXT  # of that message
+        self.opcode: Opcode | None = None  # of that message
         self.unflushed_bytes = 0  # in the protocol, until the end of this turn of the loop
         self.counted_bytes = 0  # in the listener's total
         self.paused_for = NOT_PAUSED
@@ -1121,39 +1145,42 @@ class Connection:
             self.input += data
         else:
             self.tls.decrypt(data, self.input)
-            self._send(self.tls.outgoing.read())
+            self.send(self.tls.outgoing.read())
             if self.tls.ended:
                 self._on_eof()
                 return
-        self._process_input()
+        self.process_input()
 
     def _on_eof(self) -> None:
         self.eof = True
         self.loop.remove_reader(self.sock)
         self.server.not_reading.pop(self, None)
-        self._process_input()
+        self.process_input()
 
-    def _process_input(self) -> None:
+    def process_input(self) -> None:
         """Process whole requests and frames until the rest is not whole, or reading pauses."""
-        began = time.perf_counter()
+        budget = SLICE
         while self.input and not self.paused_for:
             size = self._next_size()
             if size == 0 or size > len(self.input):
                 break
             if size + len(self.fragments) > LONG_MESSAGE and not self.has_turn:
-                self._wait_for_turn()
-                break
-            self._process(size)
-            self.has_turn = False
-            if self.input and time.perf_counter() - began > TIME_SLICE:
-                self._wait_for_turn()
+                self._pause(TURN)
+                self.server.request_turn(self)
+            elif budget <= 0:
+                self._pause(SLICE_USED)
+                self.loop.call_soon(self._resume, SLICE_USED)
+            else:
+                self._process(size)
+                self.has_turn = False
+                budget -= max(size, SLICE_MINIMUM)
         self._count_bytes()
         self._control_reading()
         if self.paused_for:
             return
         if self.eof:
             self._on_end_of_input()
-        elif (self.input or self.fragments) and self.is_open:
+        elif (self.input or self.opcode is not None) and self.is_open:
             self.server.incomplete.setdefault(self, time.monotonic())
 
     def _control_reading(self) -> None:
@@ -1199,7 +1226,7 @@ class Connection:
             elif isinstance(event, Frame) and self.is_open:
                 self._on_frame(event)
         self.flush()
-        if not self.fragments:
+        if self.opcode is None:
             self.server.incomplete.pop(self, None)
 
     def _on_request(self, request: Request) -> None:
@@ -1210,15 +1237,19 @@ class Connection:
             response = self.protocol.accept(request)
         self._answer(response)
         if self.is_open:
-            self.opened = True
-            self.server.handshakes.pop(self)
-            self.deadline.cancel()
+            self.mark_open()
             self.relay.on_open(self.client, request)
             request.headers.clear()  # the protocol keeps a reference to the request
         elif response.status_code == 403:
             address = client_address(self.remote_address, request)
             reason = f'origin {shown(request.headers.get("Origin", ""))} is not allowed'
             self.relay.log_refusal('unauthorized', 403, address, reason)
+
+    def mark_open(self) -> None:
+        """Note that the handshake is complete."""
+        self.opened = True
+        self.server.handshakes.pop(self)
+        self.deadline.cancel()
 
     def _refuse_request(self) -> None:
         # To a request that it cannot parse, websockets gives no answer but the end of the stream.
@@ -1240,16 +1271,17 @@ class Connection:
 
     def _on_data(self, frame: Frame) -> None:
         """Give a message to the relay when its last frame is here."""
-        if frame.opcode is not CONT:
-            self.opcode = frame.opcode
+        opcode = frame.opcode if self.opcode is None else self.opcode
+        if not frame.fin:
+            self.opcode = opcode
+            self.fragments += frame.data
+            return
         data = bytes(frame.data)
-        if self.fragments or not frame.fin:
-            self.fragments += data
-            if not frame.fin:
-                return
-            data, self.fragments = bytes(self.fragments), bytearray()
+        if self.opcode is not None:
+            data = bytes(self.fragments) + data
+            self.opcode, self.fragments = None, bytearray()
         try:
-            text = data.decode() if self.opcode is TEXT else data
+            text = data.decode() if opcode is TEXT else data
             takeover = self.relay.receive(self.client, text)
             if takeover is not None:
                 self._pause(TAKEOVER)
@@ -1269,15 +1301,10 @@ class Connection:
         if reason in self.paused_for:
             self.paused_for -= {reason}
             if not self.paused_for:
-                self._process_input()
-
-    def _wait_for_turn(self) -> None:
-        self.server.incomplete.pop(self, None)
-        self._pause(TURN)
-        self.server.request_turn(self)
+                self.process_input()
 
     def take_turn(self) -> None:
-        """Process the long message, or the next time slice, that waited for its turn."""
+        """Process the long message that waited for its turn."""
         self.has_turn = True
         self._resume(TURN)
         self.has_turn = False
@@ -1295,11 +1322,11 @@ class Connection:
 
     def _write(self, data: bytes) -> None:
         try:
-            self._send(self.tls.encrypt(data) if self.tls is not None else data)
+            self.send(self.tls.encrypt(data) if self.tls is not None else data)
         except ssl.SSLError:
             self.loop.call_soon(self.abort)
 
-    def _send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Send some bytes now, or when the client has read those before."""
         if data and not self.output:
             try:
@@ -1366,7 +1393,7 @@ class Connection:
         """End the stream after what is in `output`, and discard further input."""
         if not self.finished:
             if self.tls is not None:
-                self._send(self.tls.end())
+                self.send(self.tls.end())
             self.finished = True
             self.input.clear()
             self.fragments.clear()
@@ -1430,7 +1457,6 @@ class Listener:
         self.sockets: list[socket.socket] = []
         fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_connections = max_connections or max(1, fds - RESERVED_FDS)
-        self.accepting = False
         self.closed = asyncio.Event()
         # The connections that were not heard for the longest are first.
         self.connections = OrderedDict[Connection, None]()
@@ -1439,7 +1465,7 @@ class Listener:
         self.unflushed: list[Connection] = []
         self.not_reading: dict[Connection, None] = {}  # paused, with a full input
         self.incomplete: dict[Connection, float] = {}  # since when part of a message is there
-        # Connections with long messages or much to do: one has its turn at a time.
+        # Connections with a long message, which take turns, one at a time.
         self.turns = deque[Connection]()
         self.turn_timer: asyncio.Handle | None = None
         # What is buffered, in all and by whom.
@@ -1448,22 +1474,31 @@ class Listener:
 
     # Accepting.
 
-    async def listen(self, host: str, port: int, *, reuse_port: bool = False) -> Listener:
-        """Listen on each address of a host. Raises StartError if that fails for one."""
+    async def listen(
+        self, host: str, port: int, *, reuse_port: bool = False, inherited: Iterable[int] = ()
+    ) -> Listener:
+        """Listen on inherited sockets, or else on each address of a host. Raises StartError."""
+        for fd in inherited:
+            self.sockets.append(socket.socket(fileno=fd))
+            self.sockets[-1].set_inheritable(False)
         try:
-            addresses = await self.loop.getaddrinfo(
-                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-            for family, _, _, _, address in dict.fromkeys(addresses):
-                self._open_socket(family, address, reuse_port)
+            if not self.sockets:
+                await self._open_sockets(host, port, reuse_port)
         except (OSError, ValueError) as error:
             for sock in self.sockets:
                 sock.close()
             reason = getattr(error, 'strerror', None) or error
             raise StartError(f'cannot listen on {host}:{port}: {reason}') from error
-        self._start_accepting()
+        self.start_accepting()
         self._sweep()
         return self
+
+    async def _open_sockets(self, host: str, port: int, reuse_port: bool) -> None:
+        addresses = await self.loop.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, _, _, _, address in dict.fromkeys(addresses):
+            self._open_socket(family, address, reuse_port)
 
     def _open_socket(self, family: int, address: Any, reuse_port: bool) -> None:
         sock = socket.socket(family)
@@ -1482,15 +1517,13 @@ class Listener:
         """Return whether new clients are accepted."""
         return bool(self.sockets)
 
-    def _start_accepting(self) -> None:
-        if not self.accepting:
-            self.accepting = True
-            for sock in self.sockets:
-                self.loop.add_reader(sock, self._accept, sock)
+    def start_accepting(self) -> None:
+        """Accept connections, those first that wait in the kernel."""
+        for sock in self.sockets:
+            self.loop.add_reader(sock, self._accept, sock)
 
     def stop_accepting(self) -> None:
         """Let new connections wait in the kernel."""
-        self.accepting = False
         for sock in self.sockets:
             self.loop.remove_reader(sock)
 
@@ -1514,7 +1547,8 @@ class Listener:
             Connection(self, sock, address)
 
     def _stop_accepting_for_now(self, reason: str) -> None:
-        self.stop_accepting()  # until the next sweep
+        self.stop_accepting()
+        self.loop.call_later(ACCEPT_RETRY, self.start_accepting)
         reason = f'{reason} ({len(self.connections)} are open)'
         self.relay.log_refusal('full', 'accept', 'new connections for now', reason)
 
@@ -1569,7 +1603,7 @@ class Listener:
                 largest.fail(1013, 'the relay is out of memory')
 
     def _sweep(self) -> None:
-        """Close idle, incomplete and lost connections, and accept again, once a second."""
+        """Close idle, incomplete and lost connections, once a second."""
         interval = self.limits.ping_interval
         if not self.closed.is_set():
             self.loop.call_later(min(SWEEP_INTERVAL, (interval or 60) / 4), self._sweep)
@@ -1586,8 +1620,6 @@ class Listener:
         for connection in list(self.not_reading):
             if connection.is_reset():
                 connection.abort()
-        if not self.accepting:
-            self._start_accepting()
 
     # Closing.
 
@@ -1610,6 +1642,231 @@ class Listener:
         for connection in list(self.connections):
             connection.close(1001, '')
         self._set_closed()
+
+
+# ------------------------------------------------------------------------------- Upgrade
+#
+# `kill -USR2` replaces the running code by the relay.py on disk, in the same process, and nobody
+# who speaks ws:// notices. First, a child process shows that the new code starts with these
+# options. Then the state is written to a file in memory, one JSON text a line, and the process
+# executes the new code, which inherits all sockets. TLS connections are closed with 1012, because
+# what OpenSSL knows about them cannot be handed over. Handshakes and connections that are closing
+# are dropped.
+
+# How the state may change: a new key needs a default for states that lack it, and is ignored by
+# older versions. Any other change needs a new number, because a state of another is not read.
+STATE_VERSION = 1
+TRIAL, STATE_FD = 'RELAY_TRIAL', 'RELAY_STATE_FD'  # environment variables
+UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+
+
+class Upgrader:
+    """The old code's part in an upgrade. Nothing happens once `stop` is set."""
+
+    def __init__(self, relay: RelayServer, listeners: list[Listener], stop: asyncio.Event) -> None:
+        self.relay, self.listeners, self.stop = relay, listeners, stop
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start an upgrade, unless one is running or the relay stops."""
+        if not self.stop.is_set() and (self.task is None or self.task.done()):
+            self.task = asyncio.ensure_future(self._upgrade())
+
+    async def _upgrade(self) -> None:
+        try:
+            began, clients = time.monotonic(), len(self.relay._websocket_to_client)
+            await self._try_new_code()
+            notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
+            await self._prepare()
+            if not self.stop.is_set():
+                self._execute({'began': began, 'clients': clients})
+        except Exception as error:
+            logger.error('Upgrade failed, the running version goes on: %s', error)
+        # Still here, so the new code was not executed.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+        if not self.stop.is_set():
+            for listener in self.listeners:
+                listener.start_accepting()
+            if self.relay.backplane is not None:
+                self.relay.backplane.start()
+            notify('READY=1')
+
+    async def _try_new_code(self) -> None:
+        """Run the new code until just before it would listen. Raises StartError if it fails."""
+        pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+        environment = {**os.environ, TRIAL: '1'}
+        child = await asyncio.create_subprocess_exec(
+            *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
+        )
+        try:
+            _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
+        except asyncio.TimeoutError:
+            child.kill()
+            raise StartError(f'the new version does not start in {TRIAL_TIMEOUT} s') from None
+        if child.returncode != 0:
+            lines = output.decode(errors='replace').split('\n')
+            raise StartError(next(filter(str.strip, reversed(lines)), 'the new version fails'))
+
+    async def _prepare(self) -> None:
+        """Let new connections wait, and close or complete what cannot be handed over."""
+        for listener in self.listeners:
+            listener.stop_accepting()
+        if self.relay.backplane is not None:
+            await self.relay.backplane.close(upgrading=True)
+        connections = [connection for each in self.listeners for connection in each.connections]
+        encrypted = [connection for connection in connections if connection.tls is not None]
+        for connection in encrypted:
+            connection.close(1012, 'the relay is being upgraded')
+        for _ in range(10):
+            if any(connection in connection.server.connections for connection in encrypted):
+                await asyncio.sleep(DRAIN_TIMEOUT / 10)
+        # From here on, signals wait for the new code. Those before, and registrations that wait
+        # for a takeover, are handled in a few turns of the loop.
+        signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
+        for client in list(self.relay._websocket_to_client.values()):
+            if client.closed is not None:
+                client.closed.cancel()
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    def _execute(self, header: dict[str, Any]) -> None:
+        """Write the state and execute the new code. Raises OSError if that fails."""
+        relay, sockets = self.relay, [listener.sockets for listener in self.listeners]
+        connections = [c for c in list(self.listeners[0].connections) if c.is_open and not c.tls]
+        header.update(
+            {
+                'version': STATE_VERSION,
+                'relay_version': __version__,
+                'sockets': [[sock.fileno() for sock in some] for some in sockets],
+                'started': relay.started,
+                'counts': relay.counts,
+                'refusal_counts': relay.refusal_counts,
+                'registration_order': next(relay._registration_order),
+            }
+        )
+        inherited = [sock for some in sockets for sock in some] + [c.sock for c in connections]
+        with open(os.memfd_create('relay-state', 0), 'w+', encoding='utf-8') as file:
+            try:
+                for line in itertools.chain([header], map(save_connection, connections)):
+                    file.write(json.dumps(line) + '\n')
+                file.seek(0)
+                for sock in inherited:
+                    sock.set_inheritable(True)
+                environment = {**os.environ, STATE_FD: str(file.fileno())}
+                os.execve(sys.executable, command_line(), environment)
+            finally:
+                for sock in inherited:
+                    sock.set_inheritable(False)
+
+
+def command_line() -> list[str]:
+    """Return the command that started this process, with the interpreter's whole path."""
+    with open('/proc/self/cmdline', 'rb') as file:  # sys.orig_argv, but on Python 3.9 too
+        return [sys.executable, *map(os.fsdecode, file.read().split(b'\0')[1:-1])]
+
+
+def save_connection(connection: Connection) -> dict[str, Any]:
+    """Return all there is to know about an open connection, in plain values."""
+    connection.flush()
+    client, backplane = connection.client, connection.relay.backplane
+    data = bytes(connection.input)
+    if connection.opcode is not None:  # first, the fragments of an unfinished message as one
+        fragments = Frame(connection.opcode, bytes(connection.fragments), fin=False)
+        data = fragments.serialize(mask=True) + data
+    timer = client.registration_timer
+    return {
+        'fd': connection.sock.fileno(),
+        'remote_address': connection.remote_address,
+        'name': client.name,
+        'uuid': client.uuid and str(client.uuid),
+        'user': client.user,
+        'token_hash': client.credentials.token_hash.hex(),
+        'address': client.address,
+        'response_type': client.response_type,
+        'registration_order': client.registration_order,
+        'seconds_to_register': timer and timer.when() - connection.loop.time(),
+        'claim': backplane and backplane.claims.get(client),
+        'input': base64.b64encode(data).decode(),
+        'output': base64.b64encode(connection.output).decode(),
+    }
+
+
+def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
+    """Continue a connection where the old code left it. It is not read before all are here."""
+    sock = socket.socket(fileno=saved['fd'])
+    sock.set_inheritable(False)
+    connection = Connection(listener, sock, tuple(saved['remote_address']), OPEN)
+    try:
+        client = connection.client
+        client.name, client.address = saved['name'], saved['address']
+        client.uuid = saved['uuid'] and UUID(saved['uuid'])
+        client.credentials = Credentials(saved['user'], bytes.fromhex(saved['token_hash']))
+        client.response_type = saved['response_type']
+        client.registration_order = saved['registration_order']
+        connection.input += base64.b64decode(saved['input'])
+        connection.mark_open()
+        connection.send(base64.b64decode(saved['output']))
+        claim = saved['claim'] and tuple(saved['claim'])
+        listener.relay.readmit(client, saved['seconds_to_register'], claim)
+    except Exception:
+        connection.abort()
+        raise
+
+
+class Handover:
+    """The new code's part in an upgrade: the state that the old code has left."""
+
+    def __init__(self, file: Iterable[str]) -> None:
+        self.lines = iter(file)
+        self.header: dict[str, Any] = json.loads(next(self.lines))
+        if self.header['version'] != STATE_VERSION:
+            raise ValueError(f'its format is {self.header["version"]}, not {STATE_VERSION}')
+        self.sockets: list[list[int]] = self.header['sockets']
+
+    @staticmethod
+    def receive() -> Handover | None:
+        """Return the state if this process is being upgraded and the state can be read."""
+        fd = os.environ.pop(STATE_FD, None)
+        if fd is None:
+            return None
+        try:
+            with open(int(fd), encoding='utf-8') as file:
+                return Handover(file.readlines())
+        except Exception as error:
+            logger.error('Upgraded without the clients, their state cannot be read: %s', error)
+            close_inherited_sockets()
+            return None
+
+    def restore(self, relay: RelayServer, listener: Listener) -> None:
+        """Continue all connections and counters, and log how that went."""
+        header, kept = self.header, 0
+        relay.started = header['started']
+        relay.counts.update(header['counts'])
+        relay.refusal_counts.update(header['refusal_counts'])
+        relay._registration_order = itertools.count(header['registration_order'])
+        for line in self.lines:
+            try:
+                restore_connection(listener, json.loads(line))
+                kept += 1
+            except Exception as error:
+                logger.error('A client was lost in the upgrade: %r', error)
+        close_inherited_sockets()
+        relay.close_revoked()
+        logger.info(
+            'Upgraded %s to %s in %.2f s: %d clients kept, %d closed',
+            *(header['relay_version'], __version__, time.monotonic() - header['began']),
+            *(kept, header['clients'] - kept),
+        )
+        for connection in list(listener.connections):
+            connection.process_input()
+
+
+def close_inherited_sockets() -> None:
+    """Close the sockets that an upgrade left and nobody took: their clients would wait forever."""
+    for fd in map(int, os.listdir('/proc/self/fd')):
+        with contextlib.suppress(OSError):
+            if fd > 2 and os.get_inheritable(fd) and stat.S_ISSOCK(os.fstat(fd).st_mode):
+                os.close(fd)
 
 
 # ------------------------------------------------------------------------------- Operations
@@ -1782,6 +2039,10 @@ class Backplane:
         self.sent: dict[tuple[Client, UUID], asyncio.Future[None]] = {}
         self.bytes = Counter[Client]()  # on their way, by who sent them
         self.tasks: set[asyncio.Future[Any]] = set()  # of this connection
+        self.start()
+
+    def start(self) -> None:
+        """Connect, for as long as it takes."""
         self.running = asyncio.ensure_future(self._run())
 
     @property
@@ -1850,7 +2111,7 @@ class Backplane:
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
-    async def close(self) -> None:
+    async def close(self, upgrading: bool = False) -> None:
         """Have what is on its way delivered, here and elsewhere, and leave."""
         waiting = {self._start(self._release(held)) for held in self.subscriptions.values()}
         waiting |= set(self.sent.values())
@@ -1860,7 +2121,7 @@ class Backplane:
             self.running.cancel()
             await asyncio.wait({self.running}, timeout=PULSE)
 
-    def announce(self, client: Client) -> None:
+    def announce(self, client: Client, claim: Any = None) -> None:
         """Have messages for a client come here, and whoever has its UUID elsewhere displaced."""
         self.claims[client] = time.time_ns(), uuid4().hex, time.monotonic()
         if self.connected:
@@ -2025,17 +2286,24 @@ async def serve(
         tls, relay.certificate_expiry = tls_context(certfile, keyfile), expiry_of(certfile)
     if nats:
         relay.backplane = Backplane(relay, nats, nats_credentials)
-    stop = _handle_signals(relay, tls, certfile, keyfile)
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
+    if TRIAL in os.environ:
+        return
+    handover = Handover.receive()
+    inherited: list[list[int]] = [*(handover.sockets if handover else []), [], []]
     # Several relays of one machine can share a port if NATS links them.
-    listeners = [await relay.listener.listen(host, port, reuse_port=bool(nats))]
+    await relay.listener.listen(host, port, reuse_port=bool(nats), inherited=inherited[0])
+    listeners = [relay.listener]
     _log_addresses('Serving relay server', relay.listener)
     if metrics_port is not None:
         own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
-        listeners.append(await own.listen('127.0.0.1', metrics_port))
+        listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
         _log_addresses('Serving metrics', own)
     if relay.tokens is None:
         logger.warning('No --token-file: anyone who can reach this relay can use it')
+    if handover is not None:
+        handover.restore(relay, relay.listener)
+    stop = _handle_signals(relay, listeners, tls, certfile, keyfile)
     if 'NOTIFY_SOCKET' in os.environ:
         beat(relay)
     notify('READY=1')
@@ -2052,14 +2320,21 @@ def _log_addresses(what: str, listener: Listener) -> None:
 
 
 def _handle_signals(
-    relay: RelayServer, tls: ssl.SSLContext | None, certfile: str | None, keyfile: str | None
+    relay: RelayServer,
+    listeners: list[Listener],
+    tls: ssl.SSLContext | None,
+    certfile: str | None,
+    keyfile: str | None,
 ) -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set, and let SIGHUP reload."""
+    """Return an event that SIGINT and SIGTERM set. Let SIGHUP reload and SIGUSR2 upgrade."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
+    loop.add_signal_handler(signal.SIGUSR2, Upgrader(relay, listeners, stop).start)
+    # An upgrade blocks them until they have handlers.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
     return stop
 
 
@@ -2286,7 +2561,9 @@ def _run_relay(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the relay or a check. Return the exit status."""
     options = _parse(argv)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload must not kill a relay that starts
+    # A reload or an upgrade must not kill a relay that starts.
+    for number in (signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     try:
         if options.check is not None:
             _run_check(options.check)
