@@ -1669,7 +1669,8 @@ class Upgrader:
 
     def start(self) -> None:
         """Start an upgrade, unless one is running or the relay stops."""
-        if not self.stop.is_set() and (self.task is None or self.task.done()):
+        idle = self.task is None or self.task.done()
+        if self.listeners and idle and not self.stop.is_set():
             self.task = asyncio.ensure_future(self._upgrade())
 
     async def _upgrade(self) -> None:
@@ -2289,11 +2290,13 @@ async def serve(
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
     if TRIAL in os.environ:
         return
+    listeners: list[Listener] = []
+    stop = _handle_signals(relay, listeners, tls, certfile, keyfile)
     handover = Handover.receive()
     inherited: list[list[int]] = [*(handover.sockets if handover else []), [], []]
     # Several relays of one machine can share a port if NATS links them.
     await relay.listener.listen(host, port, reuse_port=bool(nats), inherited=inherited[0])
-    listeners = [relay.listener]
+    listeners.append(relay.listener)
     _log_addresses('Serving relay server', relay.listener)
     if metrics_port is not None:
         own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
@@ -2303,7 +2306,6 @@ async def serve(
         logger.warning('No --token-file: anyone who can reach this relay can use it')
     if handover is not None:
         handover.restore(relay, relay.listener)
-    stop = _handle_signals(relay, listeners, tls, certfile, keyfile)
     if 'NOTIFY_SOCKET' in os.environ:
         beat(relay)
     notify('READY=1')
