@@ -1702,8 +1702,11 @@ class Upgrader:
         try:
             _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
         except asyncio.TimeoutError:
-            child.kill()
             raise StartError(f'the new version does not start in {TRIAL_TIMEOUT} s') from None
+        finally:  # the relay may stop meanwhile
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
         if child.returncode != 0:
             lines = output.decode(errors='replace').split('\n')
             raise StartError(next(filter(str.strip, reversed(lines)), 'the new version fails'))
