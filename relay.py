@@ -44,14 +44,13 @@ it, and `Connection` moves bytes between a socket and the relay. Around them: `L
 connections, `Backplane` links several relays over NATS, and `serve` starts and stops it all.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # relay.py needs Python 3.9 or newer
 
 import argparse
 import asyncio
 import base64
 import contextlib
 import datetime
-import errno
 import hashlib
 import ipaddress
 import itertools
@@ -74,6 +73,8 @@ from typing import Any, Callable, NamedTuple, Optional, get_type_hints
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
+if sys.version_info < (3, 9):
+    raise SystemExit('relay.py needs Python 3.9 or newer')
 try:
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
     from websockets.frames import Frame, Opcode
@@ -242,13 +243,6 @@ class Field(NamedTuple):
     is_uuid: bool
 
 
-class Schema(NamedTuple):
-    """The class of a message, and its fields."""
-
-    message_class: type[Message]
-    fields: list[Field]
-
-
 JSON_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
     str: ((str,), 'a string'),
     Optional[str]: ((str, type(None)), 'a string or null'),
@@ -257,12 +251,13 @@ JSON_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _schema(kind: type[Message]) -> Schema:
-    hints = get_type_hints(kind)
-    rows = [(f.name, *JSON_TYPES[hints[f.name]], f.default) for f in fields(kind)]
-    return Schema(kind, [Field(*row, hints[row[0]] is UUID) for row in rows])
+def _schema(message_class: type[Message]) -> tuple[type[Message], list[Field]]:
+    hints = get_type_hints(message_class)
+    rows = [(f.name, *JSON_TYPES[hints[f.name]], f.default) for f in fields(message_class)]
+    return message_class, [Field(*row, hints[row[0]] is UUID) for row in rows]
 
 
+# The class of each message type, and its fields in the order of the class.
 SCHEMAS = {
     'server_registration': _schema(ServerRegistration),
     'relay_registration': _schema(ServerRegistration),
@@ -278,7 +273,7 @@ def encode(message: Message) -> str:
     Raises MessageEncodeError if it is not a message, or if a field has a type JSON does not know.
     """
     try:
-        if SCHEMAS[vars(message)['message_type']].message_class is not type(message):
+        if SCHEMAS[vars(message)['message_type']][0] is not type(message):
             raise TypeError('message_type does not match the class')
         values = {k: str(v) if isinstance(v, UUID) else v for k, v in vars(message).items()}
         return json.dumps(values, allow_nan=False)
@@ -291,25 +286,31 @@ def decode(text: str | bytes) -> Message:
 
     Raises MessageDecodeError, and nothing else, if the payload is not a valid message.
     """
-    response_type = 'server_response'
+    name: object = None
     try:
-        data = _load(text)
+        data = _parse_object(text)
         name = data.get('message_type')
         if not isinstance(name, str) or name not in SCHEMAS:
             raise ValueError(f'message_type must be one of {", ".join(SCHEMAS)}')
-        if name.startswith('relay_'):
-            response_type = 'relay_response'
-        return _build(SCHEMAS[name], data)
+        message_class, schema = SCHEMAS[name]
+        values = []
+        for key, types, expected, default, is_uuid in schema:
+            value = data.get(key, default)
+            if not isinstance(value, types):
+                raise ValueError(f'{key} must be {expected}')
+            values.append(_parse_uuid(key, value) if is_uuid else value)
+        return message_class(*values)
     except RecursionError:
         reason = 'nested too deep'
     except json.JSONDecodeError as error:
         reason = f'not JSON: {error}'
     except ValueError as error:
         reason = str(error)
-    raise MessageDecodeError(reason, response_type)
+    generation = 'relay' if str(name).startswith('relay_') else 'server'
+    raise MessageDecodeError(reason, f'{generation}_response')
 
 
-def _load(text: str | bytes) -> dict[str, Any]:
+def _parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError('a message must be a text frame, not a binary frame')
     decoder = _strict_decoder
@@ -321,22 +322,12 @@ def _load(text: str | bytes) -> dict[str, Any]:
     return data
 
 
-def _build(schema: Schema, data: dict[str, Any]) -> Message:
-    values = []
-    for name, types, expected, default, is_uuid in schema.fields:
-        value = data.get(name, default)
-        if not isinstance(value, types):
-            raise ValueError(f'{name} must be {expected}')
-        values.append(_parse_uuid(name, str(value)) if is_uuid else value)
-    return schema.message_class(*values)
-
-
 # The same few UUIDs in every message: parsing them again would be an eighth of a forward. Only the
 # usual form is kept, other forms may be long.
 _cached_uuid = lru_cache(4096)(UUID)
 
 
-def _parse_uuid(name: str, value: str) -> UUID:
+def _parse_uuid(name: str, value: Any) -> UUID:
     try:
         return _cached_uuid(value) if len(value) == 36 else UUID(value)
     except ValueError:
@@ -540,18 +531,14 @@ class Client:
     uuid: UUID | None
     websocket: Any  # as `register` and the other methods of RelayServer take it
     link: Connection | EmbeddedLink
-    credentials: Credentials = NO_CREDENTIALS
+    user: str = ''  # whose token the client showed, if the relay requires tokens
+    token_hash: bytes = b''
     address: str = 'unknown address'
     response_type: str = 'server_response'
     next_allowed: float = 0.0  # monotonic time from which its next message is within the rate
     registration_order: int = 0  # of several clients that register a UUID, the highest holds it
     registration_timer: asyncio.TimerHandle | None = None
     closed: asyncio.Future[None] | None = None  # set while the next holder of its UUID waits
-
-    @property
-    def user(self) -> str:
-        """The user whose token the client showed, '' if the relay has no tokens."""
-        return self.credentials.user
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -641,7 +628,7 @@ class RelayServer:
             self.log_refusal(kind, code, client.address, reason)
             client.link.close(code, reason)
             return
-        client.credentials = credentials
+        client.user, client.token_hash = credentials
         self._websocket_to_client[client.websocket] = client
         self.start_registration_timer(client, REGISTER_TIMEOUT)
 
@@ -928,7 +915,7 @@ class RelayServer:
         """Close clients whose token is no longer in the file."""
         for client in list(self._websocket_to_client.values()):
             if self.tokens is not None:
-                if self.tokens.get(client.credentials.token_hash) != client.user:
+                if self.tokens.get(client.token_hash) != client.user:
                     self._close(client, 1008, 'the token was revoked')
 
 
@@ -1004,9 +991,10 @@ class TlsSession:
                 if not self.established:
                     self.session.do_handshake()
                     self.established = True
-                while chunk := self.session.read(TLS_RECORD):
+                while not self.ended:
+                    chunk = self.session.read(TLS_RECORD)
                     plain += chunk
-                self.ended = True
+                    self.ended = not chunk
             except ssl.SSLWantReadError:
                 continue
             except ssl.SSLError:
@@ -1033,23 +1021,6 @@ class TlsSession:
 CLOSED_PROTOCOL = ServerProtocol(state=State.CLOSED)
 CLOSED_PROTOCOL.receive_eof()
 CLOSED_PROTOCOL.data_to_send()
-
-
-def frame_size(data: bytearray) -> tuple[int, int]:
-    """Return how many bytes to give to the protocol next, and the length of their payload.
-
-    That is a whole frame, whose header is 2 to 14 bytes long (RFC 6455, section 5.2). Two bytes
-    are enough where the protocol refuses them: an unknown opcode, or no mask.
-    """
-    if len(data) < 2 or data[0] & 0x0F not in OPCODES or not data[1] & 0x80:
-        return 2, 0
-    length, header = data[1] & 0x7F, 6
-    if length > 125:
-        header = 8 if length == 126 else 14
-        if len(data) < header:
-            return header, 0
-        length = int.from_bytes(data[2 : header - 4], 'big')
-    return header + length, length
 
 
 class Connection:
@@ -1135,21 +1106,23 @@ class Connection:
             return
         self.last_heard = time.monotonic()
         self.server.connections.move_to_end(self)  # those not heard for long stay in front
-        if not count:
+        if count == 0:
             self._on_eof()
-        elif not self.finished:
-            self._receive(self.server.buffer[:count])
-
-    def _receive(self, data: memoryview) -> None:
-        if self.tls is None:
-            self.input += data
+        elif self.finished:
+            pass  # the client is not listened to any more
+        elif self.tls is None:
+            self.input += self.server.buffer[:count]
+            self.process_input()
         else:
-            self.tls.decrypt(data, self.input)
-            self.send(self.tls.outgoing.read())
-            if self.tls.ended:
-                self._on_eof()
-                return
-        self.process_input()
+            self._decrypt(self.tls, self.server.buffer[:count])
+
+    def _decrypt(self, tls: TlsSession, data: memoryview) -> None:
+        tls.decrypt(data, self.input)
+        self.send(tls.outgoing.read())
+        if tls.ended:
+            self._on_eof()
+        else:
+            self.process_input()
 
     def _on_eof(self) -> None:
         self.eof = True
@@ -1174,14 +1147,14 @@ class Connection:
                 self._process(size)
                 self.has_turn = False
                 budget -= max(size, SLICE_MINIMUM)
-        self._count_bytes()
-        self._control_reading()
-        if self.paused_for:
-            return
-        if self.eof:
+        if self.input or self.counted_bytes or self.opcode is not None:
+            self._count_bytes()
+            if self.is_open and not self.paused_for:
+                self.server.incomplete.setdefault(self, time.monotonic())
+        if self.paused_for or self.server.not_reading:
+            self._control_reading()
+        if self.eof and not self.paused_for:
             self._on_end_of_input()
-        elif (self.input or self.opcode is not None) and self.is_open:
-            self.server.incomplete.setdefault(self, time.monotonic())
 
     def _control_reading(self) -> None:
         """Stop reading while the connection is paused with a full input."""
@@ -1193,40 +1166,58 @@ class Connection:
             self.loop.add_reader(self.sock, self._on_readable)
 
     def _next_size(self) -> int:
-        """Return the size of the request or frame that the input begins with, 0 if unknown."""
-        if self.protocol.state is CONNECTING:
-            end = self.input.find(b'\r\n\r\n') + 4
-            if end > 3:
-                return end
-            if self.input[0] == TLS_HELLO:
-                self.abort()
-            elif len(self.input) > MAX_UNREGISTERED:
-                self._answer(self.respond(431, 'The request is too long.\n'))
-            return 0
-        size, length = frame_size(self.input)
+        """Return how much of the input to give to the protocol next, 0 if that is unknown.
+
+        This is a whole request or a whole frame, whose header is 2 to 14 bytes long (RFC 6455,
+        section 5.2), or two bytes that the protocol refuses: an unknown opcode, or no mask.
+        """
+        data = self.input
+        if not self.opened:
+            return self._request_size()
+        if len(data) < 2 or data[0] & 0x0F not in OPCODES or data[1] < 0x80:
+            return 2
+        length, header = data[1] & 0x7F, 6
+        if length > 125:
+            header = 8 if length == 126 else 14
+            if len(data) < header:
+                return header
+            length = int.from_bytes(data[2 : header - 4], 'big')
         limit = self.server.limits.max_size
         if self.client.uuid is None:
             limit = min(limit, MAX_UNREGISTERED)
         if length + len(self.fragments) > limit:
             self.fail(1009, f'message longer than {limit} bytes')
             return 0
-        return size
+        return header + length
+
+    def _request_size(self) -> int:
+        end = self.input.find(b'\r\n\r\n') + 4
+        if end > 3:
+            return end
+        if self.input[0] == TLS_HELLO:
+            self.abort()
+        elif len(self.input) > MAX_UNREGISTERED:
+            self._answer(self.respond(431, 'The request is too long.\n'))
+        return 0
 
     def _process(self, size: int) -> None:
-        data = self.input[:size]
-        del self.input[:size]
-        connecting = self.protocol.state is CONNECTING
+        if size == len(self.input):
+            data, self.input = self.input, bytearray()
+        else:
+            data = self.input[:size]
+            del self.input[:size]
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
-        if connecting and not events:
-            self._refuse_request()
         for event in events:
-            if isinstance(event, Request):
-                self._on_request(event)
-            elif isinstance(event, Frame) and self.is_open:
+            if isinstance(event, Frame):
                 self._on_frame(event)
-        self.flush()
-        if self.opcode is None:
+            elif isinstance(event, Request):
+                self._on_request(event)
+        if not events and self.opened:  # the protocol has refused a frame
+            self.flush()
+        elif not events:
+            self._refuse_request()
+        if self.opcode is None and self.server.incomplete:
             self.server.incomplete.pop(self, None)
 
     def _on_request(self, request: Request) -> None:
@@ -1262,6 +1253,10 @@ class Connection:
         self._finish()
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.opcode not in (TEXT, BINARY, CONT):
+            self.flush()  # the protocol answers pings and closes
+        if self.protocol.state is not OPEN:
+            return
         if frame.opcode in (TEXT, BINARY, CONT):
             self._on_data(frame)
         wait = self.relay.pace(self.client, len(frame.data))
@@ -1696,9 +1691,12 @@ class Upgrader:
         """Run the new code until just before it would listen. Raises StartError if it fails."""
         pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         environment = {**os.environ, TRIAL: '1'}
+        # The child inherits the blocked signals: `systemctl kill` sends USR2 to it as well.
+        signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
         child = await asyncio.create_subprocess_exec(
             *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
         )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
         try:
             _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
         except asyncio.TimeoutError:
@@ -1784,7 +1782,7 @@ def save_connection(connection: Connection) -> dict[str, Any]:
         'name': client.name,
         'uuid': client.uuid and str(client.uuid),
         'user': client.user,
-        'token_hash': client.credentials.token_hash.hex(),
+        'token_hash': client.token_hash.hex(),
         'address': client.address,
         'response_type': client.response_type,
         'registration_order': client.registration_order,
@@ -1804,7 +1802,7 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
         client = connection.client
         client.name, client.address = saved['name'], saved['address']
         client.uuid = saved['uuid'] and UUID(saved['uuid'])
-        client.credentials = Credentials(saved['user'], bytes.fromhex(saved['token_hash']))
+        client.user, client.token_hash = saved['user'], bytes.fromhex(saved['token_hash'])
         client.response_type = saved['response_type']
         client.registration_order = saved['registration_order']
         connection.input += base64.b64decode(saved['input'])
@@ -1959,8 +1957,20 @@ def beat(relay: RelayServer) -> None:
     asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
 
 
+class LogFormatter(logging.Formatter):
+    """Writes a line for a file or a terminal. Formatting the time anew for each would be slow."""
+
+    second, text = 0, ''
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Return the local time of a record, to the second."""
+        if int(record.created) != self.second:
+            self.second, self.text = int(record.created), super().formatTime(record, datefmt)
+        return self.text
+
+
 class JournalFormatter(logging.Formatter):
-    """Puts the level in front of each line, as the journal reads it, and leaves out the time."""
+    """Writes a line for the journal: after its level, without the time."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as one or more lines."""
@@ -1983,8 +1993,6 @@ def configure_logging(log_dir: str | None, level: str) -> None:
     Raises StartError if the file cannot be written.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if is_journal(sys.stdout):
-        handlers[0].setFormatter(JournalFormatter('%(message)s'))
     path = os.path.join(log_dir or '', 'server.log')
     try:
         if log_dir is not None:
@@ -1992,13 +2000,18 @@ def configure_logging(log_dir: str | None, level: str) -> None:
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
     except OSError as error:
         raise StartError(f'cannot log to {path}: {error.strerror}') from error
-    form = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-    logging.basicConfig(format=form, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
+    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    for handler in handlers:
+        handler.setFormatter(LogFormatter(line, '%Y-%m-%d %H:%M:%S'))
+    if is_journal(sys.stdout):
+        handlers[0].setFormatter(JournalFormatter('%(message)s'))
+    logging.basicConfig(level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
-    # The logging HOWTO, section Optimization: do not collect what no format shows.
+    # What no format shows is not looked up (logging HOWTO, section Optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     # websockets logs session descriptions at DEBUG and, up to version 15, each port scan as an
-    # ERROR. asyncio warns of slow callbacks and the like; errors are worth a line.
+    # ERROR. asyncio warns of slow callbacks; only its errors are worth a line.
     logging.getLogger('websockets').setLevel(logging.CRITICAL)
     logging.getLogger('asyncio').setLevel(logging.ERROR)
 
@@ -2300,15 +2313,16 @@ async def serve(
     # Several relays of one machine can share a port if NATS links them.
     await relay.listener.listen(host, port, reuse_port=bool(nats), inherited=inherited[0])
     listeners.append(relay.listener)
-    _log_addresses('Serving relay server', relay.listener)
+    if handover is None:
+        _log_addresses('Serving relay server', relay.listener)
     if metrics_port is not None:
         own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
         listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
         _log_addresses('Serving metrics', own)
-    if relay.tokens is None:
-        logger.warning('No --token-file: anyone who can reach this relay can use it')
     if handover is not None:
         handover.restore(relay, relay.listener)
+    elif relay.tokens is None:
+        logger.warning('No --token-file: anyone who can reach this relay can use it')
     if 'NOTIFY_SOCKET' in os.environ:
         beat(relay)
     notify('READY=1')
@@ -2379,91 +2393,118 @@ def no_password() -> str:
 
 
 # ------------------------------------------------------------------------------- Check
+#
+# `relay.py --check URL`: two clients exchange an offer and an answer through a running relay. Only
+# the wire protocol is used, so the relay can be any: this one, ProxyStore's, one behind a proxy.
 
-# What a check may fail with, the first that fits, and where to look.
-FAILURES: dict[Any, str] = {
-    StartError: '{0}; look at the log of the relay',
-    MessageDecodeError: 'a WebSocket server, but no relay; look at the address',
-    ConnectionClosed: 'closed: {0}; look at the log of the relay',
-    InvalidStatus: 'HTTP {0.response.status_code}; look at the address: there is no relay',
-    (InvalidHandshake, EOFError): 'no relay; look at the port, and whether it is ws:// or wss://',
-    asyncio.TimeoutError: f'timed out after {CHECK_TIMEOUT} s; look at the firewall',
-    socket.gaierror: 'name not found; look at the address',
-    ssl.SSLCertVerificationError: '{0.verify_message}; look at --certfile, and at the address',
-    OSError: 'cannot connect ({0!r}); look at the port, and whether it is ws:// or wss://',
-    Exception: '{0.__class__.__name__}; is the address one like wss://relay.example.org:8765?',
+STATUS_HINTS = {  # where to look if this HTTP status is received in place of a WebSocket
+    401: 'check the token in the address, and --token-file',
+    426: 'a proxy in front of the relay does not pass on the Upgrade header',
+    **dict.fromkeys((502, 503, 504), 'a proxy answers, but the relay behind it does not'),
 }
+CERTIFICATE_HINT = 'check --certfile and the address; if it is self-signed, set SSL_CERT_FILE'
 
 
-async def check(url: str, other: str | None = None) -> str:
-    """Have two clients of its own meet through the relay at a URL; return how that went.
+async def check(url: str, other_url: str | None = None) -> str:
+    """Connect two clients through the relay at `url`; return a line that says how long it took.
 
-    With another URL, they meet through two relays. A relay may be one of ProxyStore's. Raises
-    StartError with what failed and where to look. Neither tells the token.
+    The second client uses `other_url` if given: two relays that share their clients. Raises
+    StartError with one line: what failed and where to look. Neither line contains a token.
     """
-    place = _place(url) + (f' and {_place(other)}' if other else '')
-    meet = partial(_meet, url, other or url)
+    place = ' and '.join(_without_token(one) for one in (url, other_url) if one is not None)
     try:
         try:
-            meeting = await asyncio.wait_for(meet('server'), CHECK_TIMEOUT)
-        except ConnectionClosed:
-            # So ends ProxyStore's later relay who speaks as to its earlier one.
-            meeting = await asyncio.wait_for(meet('relay'), CHECK_TIMEOUT)
+            result = await exchange(url, other_url or url, 'server')
+        except ConnectionClosed:  # ProxyStore's relay 0.6 and later accepts only the newer type
+            result = await exchange(url, other_url or url, 'relay')
     except Exception as error:
-        reason = next(FAILURES[kind] for kind in FAILURES if isinstance(error, kind))
-        if isinstance(error, InvalidStatus) and error.response.status_code == 401:
-            reason = 'HTTP 401; look at the token in the address, and at --token-file'
-        # One of several, where a name has several addresses.
-        if f'[Errno {errno.ECONNREFUSED}]' in str(error):
-            reason = 'refused; look whether the relay runs, and at the port'
-        if reason is FAILURES[Exception]:
-            place = '--check'  # what is no address may be a token
-        # What the relay says may have lines, and codes for a terminal.
-        raise StartError(f'{place}: {ascii(reason.format(error))[1:-1]}') from error
-    return f'ok: two clients met through {place} {meeting}'
+        # What a relay says may contain line breaks and terminal escapes.
+        raise StartError(f'{place}: {ascii(explain(error))[1:-1]}') from error
+    return f'ok: two clients connected through {place} {result}'
 
 
-def _place(url: str) -> str:
-    # A token may hold an @, a ? and, by mistake, the end of a line.
-    place = re.split('[?&]token=', ''.join(url.split()))[0]
-    return re.sub('//.*@', '//', place).partition('?')[0]
+def _without_token(url: str) -> str:
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ('ws', 'wss') and parts.hostname and parts.port != 0:
+            # The token may contain an @ or a ? and, by mistake, a line break.
+            url = re.split('[?&]token=', ''.join(url.split()))[0]
+            return re.sub('//.*@', '//', url).partition('?')[0]
+    raise StartError('--check: not an address such as wss://relay.example.org:8765')
 
 
-async def _meet(url: str, other_url: str, generation: str) -> str:
-    from websockets.asyncio.client import connect
+def explain(error: Exception) -> str:
+    """Return what failed for a client, and where to look."""
+    if isinstance(error, InvalidStatus):
+        status = error.response.status_code
+        return f'HTTP {status}; {STATUS_HINTS.get(status, "there is no relay at this address")}'
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f'{error.verify_message}; {CERTIFICATE_HINT}'
+    if isinstance(error, ConnectionClosed):
+        return f'closed: {error}; see the log of the relay'
+    if isinstance(error, MessageDecodeError):
+        return 'a WebSocket server, but not a relay; check the address'
+    if isinstance(error, asyncio.TimeoutError):
+        return f'connected, but no answer within {CHECK_TIMEOUT} s; check that it is a relay'
+    if isinstance(error, StartError):
+        return str(error)
+    # Other errors may quote the address, with its token.
+    known = isinstance(error, (OSError, EOFError, InvalidHandshake))
+    reason = str(error) if known else type(error).__name__
+    return f'{reason}; check the address, ws:// or wss://, and that the relay is running'
 
-    # What does not answer may not answer a close either.
-    dial = partial(connect, open_timeout=None, close_timeout=CHECK_TIMEOUT / 10)
-    async with dial(url) as one, dial(other_url) as other:
+
+async def exchange(url: str, other_url: str, generation: str) -> str:
+    """Register two clients, send an offer and an answer; return how long these took."""
+    async with await _connect(url) as one, await _connect(other_url) as other:
         uuids = {one: uuid4(), other: uuid4()}
         for websocket, uuid in uuids.items():
             request = ServerRegistration('check', uuid, f'{generation}_registration')
-            answer = ServerResponse(message_type=f'{generation}_response')
-            await _deliver(request, websocket, websocket, answer)
-        began = time.perf_counter()
+            response = ServerResponse(message_type=f'{generation}_response')
+            await deliver(request, websocket, websocket, response)
+        start = time.perf_counter()
         for kind, source, peer in (('offer', one, other), ('answer', other, one)):
             message = PeerConnection(uuids[source], 'check', uuids[peer], kind, 'v=0')
-            await _deliver(message, source, peer, message)
-        meeting = f'in {1000 * (time.perf_counter() - began):.1f} ms'
+            await deliver(message, source, peer, message)
+        result = f'in {1000 * (time.perf_counter() - start):.1f} ms'
         tls = one.transport.get_extra_info('ssl_object')
         if tls is None:
-            return meeting
-        left = ssl.cert_time_to_seconds(tls.getpeercert()['notAfter']) - time.time()
-        return f'{meeting} (certificate valid for {left / 86400:.0f} more days)'
+            return result
+        days = (ssl.cert_time_to_seconds(tls.getpeercert()['notAfter']) - time.time()) / 86400
+        return f'{result} (certificate valid for {days:.0f} more days)'
 
 
-async def _deliver(message: Message, source: Any, peer: Any, expected: Message) -> None:
-    """Send a message, and hear what is expected at the peer, before an error at the source."""
-    await source.send(encode(message))
-    hearing = [asyncio.ensure_future(websocket.recv()) for websocket in {source, peer}]
+async def _connect(url: str) -> Any:
+    from websockets.asyncio.client import connect
+
+    # Version 15 and later would use `https_proxy`, even for localhost; 14 has no such parameter.
+    newer = int(websockets_version.partition('.')[0]) >= 15
+    direct: dict[str, Any] = {'proxy': None} if newer else {}
     try:
-        done, _ = await asyncio.wait(hearing, return_when=asyncio.FIRST_COMPLETED)
+        opening = connect(url, open_timeout=None, close_timeout=1, **direct)
+        return await asyncio.wait_for(opening, CHECK_TIMEOUT)
+    except asyncio.TimeoutError:
+        hint = 'check the firewall, and that the relay is not stuck'
+        raise StartError(f'no WebSocket within {CHECK_TIMEOUT} s; {hint}') from None
+
+
+async def deliver(message: Message, source: Any, peer: Any, expected: Message) -> None:
+    """Send a message; raise StartError unless the peer receives what is expected."""
+    await source.send(encode(message))
+    receiving = [asyncio.ensure_future(websocket.recv()) for websocket in {source, peer}]
+    results = asyncio.as_completed(receiving, timeout=CHECK_TIMEOUT)
+    try:
+        received = decode(await next(results))
     finally:
-        for task in hearing:
+        for task in receiving:
             task.cancel()
-    heard = decode(done.pop().result())
-    if heard != expected:
-        raise StartError(vars(heard).get('message') or vars(heard).get('error') or 'no answer')
+    if received == message != expected:
+        raise StartError('an echo server, not a relay; check the address')
+    if received != expected:
+        reason = getattr(received, 'message', None) or getattr(received, 'error', None)
+        reason = str(reason or 'an unexpected message').rstrip('.')
+        hint = 'see the log of the relay or, if there are several, check their --nats'
+        raise StartError(f'{reason}; {hint}')
 
 
 # ------------------------------------------------------------------------------- Command line

@@ -2717,37 +2717,47 @@ async def test_systemd_hears_that_all_is_well(tmp_path, systemd, monkeypatch):
 # ------------------------------------------------------------------------------- Check
 
 
-async def checks(url):
+async def check_line(*urls):
     """Return the line that a check ends with."""
     try:
-        return await relay.check(url)
+        return await relay.check(*urls)
     except relay.StartError as error:
-        return f'{error}'
-
-
-@run_async
-async def test_a_check_has_two_clients_meet(tokens):
-    async with running_relay(tokens=tokens) as server:
-        place = server.url[5:]
-        for url in (f'ws://alice:a1@{place}', f'ws://{place}?token=a1'):
-            line = await relay.check(url)
-            assert re.fullmatch(rf'ok: two clients met through ws://{place} in \d+\.\d ms', line)
-        await until(lambda: not server._uuid_to_client)
-
-
-@run_async
-async def test_a_check_tells_how_long_the_certificate_is_valid(pem, monkeypatch):
-    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
-    tls = relay.tls_context(str(pem / 'cert.pem'), str(pem / 'cert.key'))
-    async with running_relay(tls) as server:
-        assert (await checks(server.url)).endswith(' ms (certificate valid for 2 more days)')
+        return str(error)
 
 
 @contextlib.asynccontextmanager
-async def later_relay(forwarded=lambda text: text):
-    """Serve what knows the later registration only, as ProxyStore's relay; yields its URL.
+async def websocket_server(answer):
+    """Answer each text with what a function returns, unless that is None; yields its URL."""
 
-    (The earlier one does not close: it passes over what it does not know.)
+    async def handler(websocket):
+        async for text in websocket:
+            if (reply := answer(text)) is not None:
+                await websocket.send(reply)
+
+    async with websockets.asyncio.server.serve(handler, '127.0.0.1', 0) as listener:
+        yield 'ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def http_server(status):
+    """Answer each request with a status, or not at all if that is None; yields its URL."""
+
+    async def answer(reader, writer):
+        await reader.readuntil(b'\r\n\r\n')
+        if status is not None:
+            writer.write(f'HTTP/1.1 {status} -\r\nContent-Length: 0\r\n\r\n'.encode())
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(answer, '127.0.0.1', 0) as server:
+        yield 'ws://127.0.0.1:%d' % server.sockets[0].getsockname()[1]
+
+
+@contextlib.asynccontextmanager
+async def newer_relay(forwarded=lambda text: text):
+    """Serve only `relay_registration`, like ProxyStore's relay 0.6 and later; yields its URL.
+
+    (The earlier one does not close: it ignores the types that it does not know.)
     """
 
     async def handler(websocket):
@@ -2765,110 +2775,129 @@ async def later_relay(forwarded=lambda text: text):
         yield 'ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1]
 
 
-@run_async
-async def test_a_check_knows_the_relay_of_each_generation():
-    async with later_relay() as url:
-        assert (await checks(url)).startswith('ok: ')
+def refuse(text):
+    return encode(ServerResponse(False, 'a\n\x1b[1mb', True))
+
+
+def return_with_error(text):
+    if 'registration' in text:
+        return encode(ServerResponse())
+    return encode(relay.replace(decode(text), error='unknown here'))
 
 
 @run_async
-async def test_a_check_that_fails_tells_why_and_no_token(tokens, monkeypatch):
-    monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.2)
-    # The kernel takes the connections of this one, and nobody answers them.
-    silent = socket.create_server(('127.0.0.1', 0))
-    nobody = '127.0.0.1:%d' % silent.getsockname()[1]
-    async with running_relay(tokens=tokens, max_clients=1) as server:
-        place = server.url[5:].strip('/')
-        expected = {
-            f'ws://alice:secret@{place}': 'HTTP 401; look at the token',
-            f'ws://alice:a1@{place}': 'closed: received 1013 ',
-            f'wss://alice:secret@{place}': 'cannot connect',
-            f'ws://alice:secret@{nobody}': 'timed out',
-            'ws://alice:secret@nowhere.invalid': 'name not found',
-            'ws://alice:secret@127.0.0.1:1/?token=secret': 'refused; look whether the relay runs',
-            'ws://alice:secret@localhost:1': 'refused; look whether the relay runs',
-            'http://alice:secret@localhost': 'is the address one like wss://',
-            'ws://alice:sec/ret@localhost:1': 'is the address one like wss://',
-            'ws://alice:sec\nret@127.0.0.1:1': 'refused; look whether the relay runs',
-            'ws://127.0.0.1:1/?token=sec@ret': '127.0.0.1:1/: refused',
-            'alice:secret@localhost:8765': 'is the address one like wss://',
-            'ws://alice:secret': 'is the address one like wss://',
-            'ws://127.0.0.1:99999': 'is the address one like wss://',
-            '': 'is the address one like wss://',
-        }
-        for url, reason in expected.items():
-            line = await checks(url)
-            assert reason in line and not re.search('secret|ret@|@ret|sec$', line, re.M), line
-    silent.close()
+async def test_check_connects_two_clients(tokens):
+    async with running_relay(tokens=tokens) as server:
+        place = server.url[5:]
+        for url in (f'ws://alice:a1@{place}', f'ws://{place}?token=a1'):
+            line = await check_line(url)
+            expected = rf'ok: two clients connected through ws://{place} in \d+\.\d ms'
+            assert re.fullmatch(expected, line)
+        await until(lambda: not server._uuid_to_client)
 
 
 @run_async
-async def test_a_check_tells_a_certificate_that_is_not_trusted(pem):
+async def test_check_ignores_a_proxy_of_the_environment(monkeypatch):
+    for name in ('http_proxy', 'https_proxy', 'all_proxy'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:1')
+    monkeypatch.delenv('no_proxy', raising=False)
+    async with running_relay() as server:
+        assert (await check_line(server.url)).startswith('ok: ')
+
+
+@run_async
+async def test_check_says_how_long_the_certificate_is_valid(pem, monkeypatch):
+    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
     tls = relay.tls_context(str(pem / 'cert.pem'), str(pem / 'cert.key'))
     async with running_relay(tls) as server:
-        assert '; look at --certfile, and at the address' in await checks(server.url)
-        line = await checks(server.url.replace('wss', 'ws'))
-        assert 'whether it is ws:// or wss://' in line
+        assert (await check_line(server.url)).endswith(' ms (certificate valid for 2 more days)')
+
+
+@run_async
+async def test_check_works_with_a_relay_of_proxystore_0_6_and_later():
+    async with newer_relay() as url:
+        assert (await check_line(url)).startswith('ok: ')
 
 
 @pytest.mark.parametrize(
-    'answers, reason',
+    'server, argument, reason',
     [
-        (lambda text: 'hello', 'a WebSocket server, but no relay'),
-        (lambda text: encode(ServerResponse(False, 'not today', True)), 'not today; look at'),
-        (lambda text: encode(ServerResponse(False, 'a\n\x1b[1mb', True)), ': a\\n\\x1b[1mb; look'),
-        (
-            lambda text: (
-                encode(ServerResponse())
-                if 'registration' in text
-                else encode(relay.replace(decode(text), error='unknown here'))
-            ),
-            'unknown here; look at the log',
-        ),
+        (http_server, None, 'no WebSocket within 0.5 s; check the firewall, and that the relay '),
+        (http_server, 401, 'HTTP 401; check the token in the address, and --token-file'),
+        (http_server, 404, 'HTTP 404; there is no relay at this address'),
+        (http_server, 426, 'HTTP 426; a proxy in front of the relay does not pass on the Upgrade'),
+        (http_server, 502, 'HTTP 502; a proxy answers, but the relay behind it does not'),
+        (http_server, 503, 'HTTP 503; a proxy answers, but the relay behind it does not'),
+        (http_server, 504, 'HTTP 504; a proxy answers, but the relay behind it does not'),
+        (websocket_server, lambda text: None, 'connected, but no answer within 0.5 s; check that'),
+        (websocket_server, lambda text: text, 'an echo server, not a relay; check the address'),
+        (websocket_server, lambda text: 'hi', 'a WebSocket server, but not a relay; check the'),
+        (websocket_server, refuse, 'a\\n\\x1b[1mb; see the log of the relay'),
+        (websocket_server, return_with_error, 'unknown here; see the log of the relay or, if'),
+        (lambda count: running_relay(max_clients=count), 1, 'closed: received 1013 '),
     ],
-    ids=['no relay', 'a refusal', 'a refusal in lines', 'no peer'],
 )
 @run_async
-async def test_a_check_tells_what_the_relay_says(answers, reason):
-    async def handler(websocket):
-        async for text in websocket:
-            await websocket.send(answers(text))
-
-    async with websockets.asyncio.server.serve(handler, '127.0.0.1', 0) as listener:
-        line = await checks('ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1])
-    assert reason in line
-
-
-@run_async
-async def test_a_check_of_what_never_answers_ends_in_time(monkeypatch):
-    async def handler(websocket):
-        websocket.transport.pause_reading()
-        await release.wait()
-        websocket.transport.abort()
-
+async def test_check_says_what_failed_and_where_to_look(server, argument, reason, monkeypatch):
     monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.5)
-    release = asyncio.Event()
-    async with websockets.asyncio.server.serve(handler, '127.0.0.1', 0) as listener:
-        began = time.monotonic()
-        line = await checks('ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1])
-        release.set()
-    assert 'timed out' in line and time.monotonic() - began < 2
+    async with server(argument) as started:
+        url = getattr(started, 'url', started)
+        assert (await check_line(url)).startswith(f'{url}: {reason}')
+
+
+@pytest.mark.parametrize(
+    'url, reason',
+    [
+        ('ws://alice:secret@nowhere.invalid', 'ws://nowhere.invalid: [Errno -'),
+        ('ws://alice:secret@127.0.0.1:1/?token=secret', 'ws://127.0.0.1:1/: [Errno '),
+        ('ws://alice:secret@localhost:1', 'ws://localhost:1: '),
+        ('ws://alice:sec\nret@127.0.0.1:1', 'ws://127.0.0.1:1: [Errno '),
+        ('ws://127.0.0.1:1/?token=sec@ret', 'ws://127.0.0.1:1/: [Errno '),
+        ('http://alice:secret@localhost', '--check: not an address such as wss://'),
+        ('ws://alice:sec/ret@localhost:1', '--check: not an address such as wss://'),
+        ('alice:secret@localhost:8765', '--check: not an address such as wss://'),
+        ('ws://alice:secret', '--check: not an address such as wss://'),
+        ('ws://127.0.0.1:99999', '--check: not an address such as wss://'),
+        ('', '--check: not an address such as wss://'),
+    ],
+)
+@run_async
+async def test_check_that_cannot_connect_shows_no_token(url, reason):
+    line = await check_line(url)
+    assert line.startswith(reason)
+    assert not re.search('secret|ret@|@ret|sec$', line, re.M), line
 
 
 @run_async
-async def test_a_check_tells_a_web_server_that_is_no_relay():
-    def page(websocket, request):
-        return websocket.respond(404, 'no such page')
-
-    async with websockets.asyncio.server.serve(
-        None, '127.0.0.1', 0, process_request=page
-    ) as listener:
-        line = await checks('ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1])
-    assert 'HTTP 404; look at the address: there is no relay' in line
+async def test_check_says_that_a_certificate_is_self_signed(pem):
+    tls = relay.tls_context(str(pem / 'cert.pem'), str(pem / 'cert.key'))
+    async with running_relay(tls) as server:
+        assert 'if it is self-signed, set SSL_CERT_FILE' in await check_line(server.url)
 
 
-def test_a_check_is_one_line_and_a_status():
-    assert fails('--check', 'ws://127.0.0.1:1').startswith('relay.py: ws://127.0.0.1:1: refused')
+@run_async
+async def test_check_says_that_tls_is_used_at_one_end_only(pem):
+    hint = '; check the address, ws:// or wss://, and that the relay is running'
+    tls = relay.tls_context(str(pem / 'cert.pem'), str(pem / 'cert.key'))
+    async with running_relay(tls) as with_tls, running_relay() as without:
+        for server in (with_tls, without):
+            scheme = 'ws' if server is with_tls else 'wss'
+            line = await check_line(re.sub('^wss?', scheme, server.url))
+            assert line.endswith(hint)
+
+
+@run_async
+async def test_check_says_that_two_relays_need_nats():
+    async with running_relay() as one, running_relay() as other:
+        line = await check_line(one.url, other.url)
+    assert line.startswith(f'{one.url} and {other.url}: Cannot forward ')
+    assert line.endswith(
+        'is unknown; see the log of the relay or, if there are several, check their --nats'
+    )
+
+
+def test_check_is_one_line_and_a_status():
+    assert fails('--check', 'ws://127.0.0.1:1').startswith('relay.py: ws://127.0.0.1:1: [Errno ')
     with running_program('--host', '127.0.0.1') as process:
         command = [sys.executable, HERE / 'relay.py', '--check', process.url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -3830,6 +3859,7 @@ async def test_tls_is_not_negotiated_again(tls, pem):
 @run_async
 async def test_a_defect_met_in_writing_to_one_peer_keeps_nothing_from_another(order, caplog):
     def fail():
+        holder(server, A).link.unflushed_bytes = 0
         raise RuntimeError('a defect')
 
     async with running_relay() as server, registered(server, C) as sender:
@@ -4909,13 +4939,8 @@ async def test_a_check_has_two_clients_meet_across_relays(bus, tokens):
         urls = [server.url.replace('//', '//alice:a1@') for server in (one, other)]
         line = await relay.check(*urls)
         places = f'{one.url} and {other.url}'
-        assert re.fullmatch(rf'ok: two clients met through {places} in \d+\.\d ms', line)
+        assert re.fullmatch(rf'ok: two clients connected through {places} in \d+\.\d ms', line)
         assert one.counts['registrations'] == other.counts['registrations'] == 1
-    async with running_relay() as one, running_relay() as other:
-        with pytest.raises(relay.StartError) as caught:
-            await relay.check(one.url, other.url)
-        assert f'{caught.value}'.startswith(f'{one.url} and {other.url}: Cannot forward')
-        assert 'this peer is unknown' in f'{caught.value}'
 
 
 def test_a_check_takes_two_addresses_and_no_more():
@@ -5271,14 +5296,14 @@ async def join(talk):
     talk.clients.append(Talker(websocket, talk))
     request = ServerRegistration('', talk.clients[-1].uuid, f'{talk.generation}_registration')
     answer = ServerResponse(message_type=f'{talk.generation}_response')
-    await relay._deliver(request, websocket, websocket, answer)
+    await relay.deliver(request, websocket, websocket, answer)
 
 
 async def begin(talk):
     """See which generation the relay speaks, and connect all clients to it."""
     await relay.check(talk.options.url)
     try:
-        await relay._meet(talk.options.url, talk.options.url, talk.generation)
+        await relay.exchange(talk.options.url, talk.options.url, talk.generation)
     except ConnectionClosed:
         talk.generation = 'relay'
     mark(talk)
@@ -5394,8 +5419,7 @@ def main(argv=None):
         print(f'test_relay.py: {str(error) or "interrupted"}', file=sys.stderr)
         return 1
     except (OSError, EOFError, WebSocketException, asyncio.TimeoutError) as error:
-        reason = next(relay.FAILURES[kind] for kind in relay.FAILURES if isinstance(error, kind))
-        print(f'test_relay.py: {ascii(reason.format(error))[1:-1]}', file=sys.stderr)
+        print(f'test_relay.py: {ascii(relay.explain(error))[1:-1]}', file=sys.stderr)
         return 1
     if options.json:
         print(json.dumps(found))
@@ -5438,7 +5462,7 @@ def test_the_benchmark_prints_a_table_and_shows_a_token_through_tls(pem, tokens,
 
 @run_async
 async def test_the_benchmark_knows_the_relay_of_the_later_generation():
-    async with later_relay() as url:
+    async with newer_relay() as url:
         status, text, errors = await asyncio.to_thread(measured(url, '--json'))
     assert (status, errors, json.loads(text)['generation']) == (0, '', 'relay')
 
@@ -5450,7 +5474,7 @@ async def test_the_benchmark_counts_what_does_not_arrive_as_it_was_sent():
         return text.replace('xxx', 'xyx') if len(texts) % 5 == 0 else text
 
     texts = []
-    async with later_relay(changed) as url:
+    async with newer_relay(changed) as url:
         status, text, errors = await asyncio.to_thread(measured(url, '--json'))
     count = json.loads(text)['errors']
     assert count > 0
@@ -5495,7 +5519,7 @@ async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
 
 def test_a_benchmark_that_cannot_begin_is_one_line():
     fails_with = functools.partial(fails, program=sys.modules[__name__])
-    assert ' ws://127.0.0.1:1: refused; ' in fails_with('ws://alice:secret@127.0.0.1:1')
+    assert ' ws://127.0.0.1:1: [Errno ' in fails_with('ws://alice:secret@127.0.0.1:1')
     with running_program('--host', '127.0.0.1', '--max-clients', '5') as process:
         assert ': closed: received 1013 ' in fails_with(process.url)
         assert '--pid 999999999: No such file' in fails_with(process.url, '--pid', '999999999')
