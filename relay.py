@@ -1670,12 +1670,12 @@ class Upgrader:
 
     async def _upgrade(self) -> None:
         try:
-            began, clients = time.monotonic(), len(self.relay._websocket_to_client)
+            began = time.monotonic()
             await self._try_new_code()
             notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
-            await self._prepare()
+            closed = await self._prepare()
             if not self.stop.is_set():
-                self._execute({'began': began, 'clients': clients})
+                self._execute({'began': began, 'closed': closed})
         except Exception as error:
             logger.error('Upgrade failed, the running version goes on: %s', error)
         # Still here, so the new code was not executed.
@@ -1709,8 +1709,11 @@ class Upgrader:
             lines = output.decode(errors='replace').split('\n')
             raise StartError(next(filter(str.strip, reversed(lines)), 'the new version fails'))
 
-    async def _prepare(self) -> None:
-        """Let new connections wait, and close or complete what cannot be handed over."""
+    async def _prepare(self) -> int:
+        """Let new connections wait, and close or complete what cannot be handed over.
+
+        Returns how many clients were closed.
+        """
         for listener in self.listeners:
             listener.stop_accepting()
         if self.relay.backplane is not None:
@@ -1719,6 +1722,7 @@ class Upgrader:
         encrypted = [connection for connection in connections if connection.tls is not None]
         for connection in encrypted:
             connection.close(1012, 'the relay is being upgraded')
+        closed = sum(connection.opened for connection in encrypted)
         for _ in range(10):
             if any(connection in connection.server.connections for connection in encrypted):
                 await asyncio.sleep(DRAIN_TIMEOUT / 10)
@@ -1730,6 +1734,7 @@ class Upgrader:
                 client.closed.cancel()
         for _ in range(4):
             await asyncio.sleep(0)
+        return closed
 
     def _execute(self, header: dict[str, Any]) -> None:
         """Write the state and execute the new code. Raises OSError if that fails."""
@@ -1841,7 +1846,7 @@ class Handover:
 
     def restore(self, relay: RelayServer, listener: Listener) -> None:
         """Continue all connections and counters, and log how that went."""
-        header, kept = self.header, 0
+        header, kept, closed = self.header, 0, self.header['closed']
         relay.started = header['started']
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
@@ -1851,13 +1856,14 @@ class Handover:
                 restore_connection(listener, json.loads(line))
                 kept += 1
             except Exception as error:
+                closed += 1
                 logger.error('A client was lost in the upgrade: %r', error)
         close_inherited_sockets()
         relay.close_revoked()
         logger.info(
             'Upgraded %s to %s in %.2f s: %d clients kept, %d closed',
             *(header['relay_version'], __version__, time.monotonic() - header['began']),
-            *(kept, header['clients'] - kept),
+            *(kept, closed),
         )
         for connection in list(listener.connections):
             connection.process_input()

@@ -2094,15 +2094,23 @@ on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc'
 run_upgrades = run_within(60)
 UPGRADES = 8  # in a row, to see whether one leaves something behind
 
-# A new version that waits, where no relay serves anybody, until a test lets it go on.
-WAITING = (
-    'import argparse\n',
-    'import os, time\n'
-    "if 'RELAY_TRIAL' not in os.environ:\n"
-    "    open('waiting', 'w').close()\n"
-    "    while not os.path.exists('go'):\n"
-    '        time.sleep(0.01)\n'
-    'import argparse\n',
+
+def waiting(when):
+    """Return a change to relay.py: a new version that waits until a test lets it go on."""
+    code = f"""
+import os, time
+if {when}:
+    open('waiting', 'w').close()
+    while not os.path.exists('go'):
+        time.sleep(0.01)
+import argparse
+"""
+    return 'import argparse\n', code
+
+
+TRYING, RESTORING = (
+    waiting("'RELAY_TRIAL' in os.environ"),
+    waiting("'RELAY_TRIAL' not in os.environ"),
 )
 
 
@@ -2156,10 +2164,10 @@ class Program:
         return await self.signal(signal.SIGUSR2, 'Upgraded ')
 
     @contextlib.asynccontextmanager
-    async def gap(self):
+    async def gap(self, edit=RESTORING):
         """Upgrade the process; what is done meanwhile is done when it serves nobody."""
         count = len(self.lines('Upgraded ')) + 1
-        self.install('9.0.0', WAITING)
+        self.install('9.0.0', edit)
         self.process.send_signal(signal.SIGUSR2)
         await until((self.folder / 'waiting').exists)
         yield
@@ -2462,6 +2470,22 @@ async def test_what_clients_do_during_the_upgrade_is_dealt_with_after_it(tmp_pat
                 await program.logs(f'Unregistered {wire.peer.uuid}')
             assert (await program.samples())['relay_connected_clients'] == 2
         await exchange(one, other)
+
+
+@run_upgrades
+async def test_those_who_join_and_leave_before_the_upgrade_are_not_counted_as_closed(tmp_path):
+    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+        async with registered(program, A), program.gap(TRYING):
+            peers = [await stack.enter_async_context(registered(program, uuid4())) for _ in '123']
+        assert program.lines('Upgraded ')[0].endswith(': 4 clients kept, 0 closed')
+        await program.logs(f'Unregistered {A}')
+        async with pair_of(program), registered(program, A) as leaving:
+            (tmp_path / 'go').unlink()
+            (tmp_path / 'waiting').unlink()
+            async with program.gap(TRYING):
+                await leaving.websocket.close()
+        assert program.lines('Upgraded ')[1].endswith(': 5 clients kept, 0 closed')
+        await exchange(*peers[:2])
 
 
 @on_linux
