@@ -69,7 +69,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import Any, Callable, NamedTuple, Optional, get_type_hints
+from typing import Any, Callable, NamedTuple, Optional, TextIO, get_type_hints
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
@@ -140,6 +140,7 @@ MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able 
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
 MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
+MAX_REASON = 300  # characters of the reason why a new version does not start
 ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 
 
@@ -1706,8 +1707,10 @@ class Upgrader:
                 child.kill()
                 await child.wait()
         if child.returncode != 0:
-            lines = output.decode(errors='replace').split('\n')
-            raise StartError(next(filter(str.strip, reversed(lines)), 'the new version fails'))
+            lines = [line for line in output.decode(errors='replace').split('\n') if line.strip()]
+            reason = f'the new version ends with status {child.returncode}'
+            # It may be anything: one line of the log, without codes for a terminal.
+            raise StartError(ascii(lines[-1].strip()[:MAX_REASON])[1:-1] if lines else reason)
 
     async def _prepare(self) -> int:
         """Let new connections wait, and close or complete what cannot be handed over.
@@ -1823,9 +1826,10 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
 class Handover:
     """The new code's part in an upgrade: the state that the old code has left."""
 
-    def __init__(self, file: Iterable[str]) -> None:
-        self.lines = iter(file)
-        self.header: dict[str, Any] = json.loads(next(self.lines))
+    def __init__(self, file: TextIO) -> None:
+        # Read line by line: it may be larger than what else fits into memory.
+        self.file = file
+        self.header: dict[str, Any] = json.loads(next(file))
         if self.header['version'] != STATE_VERSION:
             raise ValueError(f'its format is {self.header["version"]}, not {STATE_VERSION}')
         self.sockets: list[list[int]] = self.header['sockets']
@@ -1836,13 +1840,15 @@ class Handover:
         fd = os.environ.pop(STATE_FD, None)
         if fd is None:
             return None
-        try:
-            with open(int(fd), encoding='utf-8') as file:
-                return Handover(file.readlines())
-        except Exception as error:
-            logger.error('Upgraded without the clients, their state cannot be read: %s', error)
-            close_inherited_sockets()
-            return None
+        with contextlib.ExitStack() as stack:
+            try:
+                handover = Handover(stack.enter_context(open(int(fd), encoding='utf-8')))
+                stack.pop_all()  # `restore` closes the file
+                return handover
+            except Exception as error:
+                logger.error('Upgraded without the clients, their state cannot be read: %s', error)
+                close_inherited_sockets()
+                return None
 
     def restore(self, relay: RelayServer, listener: Listener) -> None:
         """Continue all connections and counters, and log how that went."""
@@ -1851,13 +1857,14 @@ class Handover:
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
         relay._registration_order = itertools.count(header['registration_order'])
-        for line in self.lines:
-            try:
-                restore_connection(listener, json.loads(line))
-                kept += 1
-            except Exception as error:
-                closed += 1
-                logger.error('A client was lost in the upgrade: %r', error)
+        with self.file:
+            for line in self.file:
+                try:
+                    restore_connection(listener, json.loads(line))
+                    kept += 1
+                except Exception as error:
+                    closed += 1
+                    logger.error('A client was lost in the upgrade: %r', error)
         close_inherited_sockets()
         relay.close_revoked()
         logger.info(

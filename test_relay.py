@@ -2433,6 +2433,26 @@ async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_
                 assert set(description.split()[-1]) <= {chr(97 + number), '2', '5'}
 
 
+@on_linux
+@run_upgrades
+async def test_what_clients_have_not_read_is_in_memory_once(tmp_path):
+    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+        async with contextlib.AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            for _ in range(24):
+                slow = await (await enter(wired(program, narrow=True))).register()
+                slow.stall()
+                for _ in range(4):
+                    await sender.say(sender.offer(slow.peer.uuid, description='x' * 250_000))
+            await sender.ask(sender.offer(A))
+            held = (await program.samples())['relay_buffered_bytes']
+            await program.upgrade()
+            assert (await program.samples())['relay_buffered_bytes'] > 2**24
+            status = Path(f'/proc/{program.process.pid}/status').read_text()
+            now, peak = (int(re.search(rf'{k}:\s+(\d+)', status)[1]) for k in ('VmRSS', 'VmHWM'))
+            assert (peak - now) * 1024 < held / 2
+
+
 @run_upgrades
 async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
     async with upgradable(tmp_path) as program, registered(program, A) as peer:
@@ -2564,8 +2584,8 @@ WRONG = {
         'ValueError: in vain',
     ),
     'its words': (('import argparse\n', "raise SystemExit('\\x1b[2J' + 'x' * 9999)\n"), 'xxx'),
-    'no words': (('import argparse\n', 'raise SystemExit(3)\n'), ''),
-    'its death': (('import argparse\n', 'import os; os.abort()\n'), ''),
+    'no words': (('import argparse\n', 'raise SystemExit(3)\n'), 'status 3'),
+    'its death': (('import argparse\n', 'import os; os.abort()\n'), 'status -6'),
 }
 
 
@@ -2590,6 +2610,49 @@ async def test_a_version_that_does_not_start_changes_nothing(tmp_path, edit, rea
         program.install('9.0.0', edit)
         assert reason in await is_refused(program, pair)
         assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
+
+
+@on_linux
+@run_upgrades
+async def test_a_state_that_cannot_be_read_is_one_line_and_the_relay_starts_empty(tmp_path):
+    number = re.search(r'(?m)^STATE_VERSION = (\d+)$', (HERE / 'relay.py').read_text())[1]
+    edit = f'STATE_VERSION = {number}\n', 'STATE_VERSION = 99\n'
+    with port_to_come() as port:
+        async with upgradable(tmp_path, '--port', str(port)) as program:
+            async with pair_of(program) as pair, wired(program) as wire:
+                await wire.register()
+                program.install('9.0.0', edit)
+                line = await program.signal(signal.SIGUSR2, ' ERROR ')
+                assert line.startswith(
+                    'Upgraded without the clients, their state cannot be read: '
+                )
+                await program.logs('Serving relay server on ', 2)
+                for peer in pair:
+                    await peer.close_frame()
+                assert (await wire.end())[1] in (None, 1012)
+            assert len(program.lines(' ERROR ')) == 1
+            await program.logs('No --token-file', 2)
+            async with registered(program, A) as peer:
+                await exchange(peer, peer)
+            assert len(program.listening()) == 2
+
+
+@run_upgrades
+async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
+    broken = (
+        'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n',
+        'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n'
+        "    if saved['name'] == 'broken':\n"
+        "        del saved['address']\n",
+    )
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        async with registered(program, A, 'broken') as peer:
+            line = await program.upgrade('9.0.0', broken)
+            assert line.endswith(': 2 clients kept, 1 closed')
+            await peer.close_frame()
+        assert len(program.lines(' ERROR ')) == 1
+        await exchange(*pair)
+        assert (await program.samples())['relay_connected_clients'] == 2
 
 
 @run_upgrades
