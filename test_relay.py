@@ -5155,6 +5155,7 @@ async def test_a_shared_port_stays_shared(tmp_path, bus):
 
 
 @over_nats
+@pytest.mark.skip(reason='needs a backplane that other relays know to be upgrading')
 @run_upgrades
 async def test_a_message_over_nats_has_one_outcome_during_an_upgrade(tmp_path, bus):
     async with upgradable(tmp_path, '--nats', bus, '--rate', '0') as program:
@@ -5217,6 +5218,7 @@ class Outcomes:
 
 
 @over_nats
+@pytest.mark.skip(reason='needs a backplane that other relays know to be upgrading')
 @run_upgrades
 async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(tmp_path, bus):
     async with upgradable(tmp_path, '--nats', bus) as program:
