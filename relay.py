@@ -1379,6 +1379,12 @@ class Connection:
         self.deadline.cancel()
         self.deadline = self.loop.call_later(seconds, self.abort)
 
+    def continue_closing(self, finished: bool) -> None:
+        """Wait for the client's close frame, or only for it to read, after an upgrade."""
+        self._start_deadline(self.server.limits.close_timeout)
+        if finished:
+            self._finish()
+
     def _on_end_of_input(self) -> None:
         """The client has sent everything and it was processed: end the connection."""
         self.protocol.receive_eof()
@@ -1646,8 +1652,7 @@ class Listener:
 # who speaks ws:// notices. First, a child process shows that the new code starts with these
 # options. Then the state is written to a file in memory, one JSON text a line, and the process
 # executes the new code, which inherits all sockets. TLS connections are closed with 1012, because
-# what OpenSSL knows about them cannot be handed over. Handshakes and connections that are closing
-# are dropped.
+# what OpenSSL knows about them cannot be handed over. Handshakes are dropped.
 
 # How the state may change: a new key needs a default for states that lack it, and is ignored by
 # older versions. Any other change needs a new number, because a state of another is not read.
@@ -1742,7 +1747,7 @@ class Upgrader:
     def _execute(self, header: dict[str, Any]) -> None:
         """Write the state and execute the new code. Raises OSError if that fails."""
         relay, sockets = self.relay, [listener.sockets for listener in self.listeners]
-        connections = [c for c in list(self.listeners[0].connections) if c.is_open and not c.tls]
+        connections = [c for c in list(self.listeners[0].connections) if c.opened and not c.tls]
         header.update(
             {
                 'version': STATE_VERSION,
@@ -1786,6 +1791,8 @@ def save_connection(connection: Connection) -> dict[str, Any]:
     timer = client.registration_timer
     return {
         'fd': connection.sock.fileno(),
+        'is_open': connection.is_open,
+        'finished': connection.finished,
         'remote_address': connection.remote_address,
         'name': client.name,
         'uuid': client.uuid and str(client.uuid),
@@ -1805,7 +1812,8 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
     """Continue a connection where the old code left it. It is not read before all are here."""
     sock = socket.socket(fileno=saved['fd'])
     sock.set_inheritable(False)
-    connection = Connection(listener, sock, tuple(saved['remote_address']), OPEN)
+    state = OPEN if saved['is_open'] else State.CLOSING
+    connection = Connection(listener, sock, tuple(saved['remote_address']), state)
     try:
         client = connection.client
         client.name, client.address = saved['name'], saved['address']
@@ -1816,8 +1824,11 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
         connection.input += base64.b64decode(saved['input'])
         connection.mark_open()
         connection.send(base64.b64decode(saved['output']))
-        claim = saved['claim'] and tuple(saved['claim'])
-        listener.relay.readmit(client, saved['seconds_to_register'], claim)
+        if saved['is_open']:
+            claim = saved['claim'] and tuple(saved['claim'])
+            listener.relay.readmit(client, saved['seconds_to_register'], claim)
+        else:
+            connection.continue_closing(saved['finished'])
     except Exception:
         connection.abort()
         raise
@@ -1852,7 +1863,7 @@ class Handover:
 
     def restore(self, relay: RelayServer, listener: Listener) -> None:
         """Continue all connections and counters, and log how that went."""
-        header, kept, closed = self.header, 0, self.header['closed']
+        header, closed = self.header, self.header['closed']
         relay.started = header['started']
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
@@ -1861,7 +1872,6 @@ class Handover:
             for line in self.file:
                 try:
                     restore_connection(listener, json.loads(line))
-                    kept += 1
                 except Exception as error:
                     closed += 1
                     logger.error('A client was lost in the upgrade: %r', error)
@@ -1870,7 +1880,7 @@ class Handover:
         logger.info(
             'Upgraded %s to %s in %.2f s: %d clients kept, %d closed',
             *(header['relay_version'], __version__, time.monotonic() - header['began']),
-            *(kept, closed),
+            *(len(relay._websocket_to_client), closed),
         )
         for connection in list(listener.connections):
             connection.process_input()

@@ -2433,6 +2433,46 @@ async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_
                 assert set(description.split()[-1]) <= {chr(97 + number), '2', '5'}
 
 
+@pytest.mark.parametrize('code', [1001, 1002, 1009])
+@run_upgrades
+async def test_a_closing_client_that_does_not_read_gets_its_messages_and_its_code(tmp_path, code):
+    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+        async with wired(program, narrow=True) as slow, contextlib.AsyncExitStack() as stack:
+            await slow.register()
+            slow.stall()
+            offer = sender.offer(slow.peer.uuid, description='x' * 40_000)
+            for _ in range(20):
+                await sender.say(offer)
+            await sender.ask(sender.offer(A))
+            if code == 1001:
+                await stack.enter_async_context(registered(program, slow.peer.uuid))
+            elif code == 1002:
+                slow.send(frame_of(3))
+            else:
+                slow.send(frame_of(TEXT, length=2**21))
+            await until_read(program)
+            await program.upgrade()
+            slow.writer.transport.resume_reading()
+            frames, received = await slow.end()
+            assert [json.loads(data) for _, data in frames] == [offer] * 20
+            assert received == code
+
+
+@run_upgrades
+async def test_a_client_that_closes_after_the_upgrade_is_answered_as_before(tmp_path):
+    async with upgradable(tmp_path) as program, wired(program) as displaced:
+        await displaced.register()
+        async with registered(program, displaced.peer.uuid) as peer:
+            await program.upgrade()
+            assert (await displaced.frame())[0] == CLOSE
+            displaced.send(said('ignored'), frame_of(CLOSE, code_of(1001)))
+            assert await displaced.frame() is None
+            displaced.finish()
+            while (await program.samples())['relay_open_connections'] > 1:
+                pass
+            await exchange(peer, peer)
+
+
 @on_linux
 @run_upgrades
 async def test_what_clients_have_not_read_is_in_memory_once(tmp_path):
