@@ -315,7 +315,7 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError('a message must be a text frame, not a binary frame')
     decoder = _strict_decoder
-    if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text[:: MAX_DIGITS // 10]):
+    if len(text) > STRICT_DECODE and not _has_long_number(text):
         decoder = _decoder
     data = decoder.decode(text)
     if not isinstance(data, dict):
@@ -352,13 +352,20 @@ def _number(text: str) -> float:
 
 
 # Calling `_number` for each number of a long text of zeros takes four times as long as the rest. A
-# long text is therefore searched for a long number first: a run of more than 100 digits shows as
-# ten digits in a row in every tenth character.
+# long text is therefore searched for a long number first.
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number)
 _strict_decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_number
 )
-_LONG_NUMBER = re.compile('[0-9]{10}')
+_TEN_DIGITS = re.compile('[0-9]{10}')
+_LONG_NUMBER = re.compile(f'(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}')
+
+
+def _has_long_number(text: str) -> bool:
+    # A run of more than 100 digits shows as ten digits in a row in every tenth character, which
+    # rules out most texts quickly. But so does `0,0,0,0,0,0,`.
+    sample = text[:: MAX_DIGITS // 10]
+    return bool(_TEN_DIGITS.search(sample) and _LONG_NUMBER.search(text))
 
 
 def shown(text: str) -> str:
@@ -1158,8 +1165,10 @@ class Connection:
             self._on_end_of_input()
 
     def _control_reading(self) -> None:
-        """Stop reading while the connection is paused with a full input."""
-        full = bool(self.paused_for) and len(self.input) > RECEIVE_BUFFER
+        """Stop reading while the connection is paused with a full input or output."""
+        # TLS itself answers some records, which never become input.
+        held = max(len(self.input) - RECEIVE_BUFFER, len(self.output) - MAX_BACKLOG)
+        full = bool(self.paused_for) and held > 0
         if full and not self.eof and self not in self.server.not_reading:
             self.loop.remove_reader(self.sock)
             self.server.not_reading[self] = None
@@ -1260,7 +1269,8 @@ class Connection:
             return
         if frame.opcode in (TEXT, BINARY, CONT):
             self._on_data(frame)
-        wait = self.relay.pace(self.client, len(frame.data))
+        # The connection may have been closed because of this message.
+        wait = self.relay.pace(self.client, len(frame.data)) if self.is_open else 0
         if wait > 0:
             self._pause(RATE_LIMIT)
             self.rate_timer = self.loop.call_later(wait, self._resume, RATE_LIMIT)
@@ -1532,10 +1542,7 @@ class Listener:
     def _accept(self, listening: socket.socket) -> None:
         for _ in range(ACCEPT_BATCH):
             full = len(self.connections) >= self.max_connections
-            if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
-                # A handshake takes less than a second: the oldest is most likely none at all.
-                next(iter(self.handshakes)).abort()
-            elif full:
+            if full and not self.handshakes:
                 self._stop_accepting_for_now('too many connections')
                 return
             try:
@@ -1545,6 +1552,9 @@ class Listener:
             except OSError as error:
                 self._stop_accepting_for_now(str(error.strerror))
                 return
+            if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
+                # A handshake takes less than a second: the oldest is most likely none at all.
+                next(iter(self.handshakes)).abort()
             sock.setblocking(False)
             Connection(self, sock, address)
 

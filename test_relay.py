@@ -310,6 +310,31 @@ def test_what_is_not_a_message_is_refused_with_its_reason(text, reason):
     assert len(str(caught.value)) < 600
 
 
+def zeros(size):
+    """Return a text that takes long to decode for its length, and is not a message."""
+    return '{"a":[' + '0,' * ((size - 9) // 2) + '0]}'
+
+
+@pytest.mark.parametrize('start', ['', ' ', f'{{"b":{"1" * 100},"a":[{"1" * 50},'])
+def test_a_long_text_of_short_numbers_is_decoded_without_a_check_of_each(start, monkeypatch):
+    monkeypatch.setattr(relay, '_strict_decoder', None)
+    text = zeros(2**18)
+    with pytest.raises(MessageDecodeError, match='message_type'):
+        decode(start + (text[6:] if start.strip() else text))
+
+
+@pytest.mark.parametrize(
+    'number', ['1' * 101, '-' + '9' * 101, '0.' + '1' * 101, '1e' + '0' * 101], ids=lambda n: n[:3]
+)
+@pytest.mark.parametrize('offset', range(10))
+def test_a_long_number_is_found_anywhere_in_a_long_text(number, offset):
+    text = zeros(2**18)
+    place = 2**17 + offset
+    place += text[place:].index(',')
+    with pytest.raises(MessageDecodeError, match='a number that is too long'):
+        decode(text[:place] + ' ' * offset + ',' + number + text[place:])
+
+
 def test_a_response_may_leave_out_what_has_a_default():
     assert decode('{"message_type": "server_response"}') == ServerResponse()
 
@@ -426,6 +451,25 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
                 await exchange(new, peer)
                 old.websocket.transport.abort()
                 await exchange(new, peer)
+
+
+@both_ways
+@pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
+@run_async
+async def test_the_last_of_three_clients_to_register_a_uuid_holds_it(generation, code):
+    async with running_relay() as server, registered(server, A, 'first') as first:
+        async with connected(server) as second, connected(server) as third:
+            stall(first)
+            for peer, name in ((second, 'second'), (third, 'third')):
+                peer.uuid, peer.name, peer.generation = A, name, generation
+            await second.say(second.registration())
+            # The second waits for the first to close when the third arrives.
+            await until(lambda: not holder(server, A))
+            assert await third.ask(third.registration()) == third.response()
+            assert await second.closed_with() == code
+            assert holder(server, A).name == 'third'
+            await exchange(third, third)
+            first.websocket.transport.abort()
 
 
 @both_ways
@@ -799,6 +843,16 @@ async def test_the_kernel_knows_the_bounds_of_a_connection_before_the_first_can_
         assert sockets == server.listener.sockets != []
 
 
+@pytest.mark.parametrize('letter', ['n', '\U0001f600'])
+@run_async
+async def test_a_name_is_stored_in_the_length_that_the_log_shows(letter):
+    name = letter * 5000
+    async with running_relay() as server, registered(server, A, name) as peer:
+        # One more, so that the log shows that it was cut.
+        assert holder(server, A).name == name[: relay.MAX_SHOWN + 1]
+        await exchange(peer, peer)
+
+
 @run_async
 async def test_compression_is_offered_in_vain():
     async with running_relay() as server, registered(server, A, compression='deflate') as peer:
@@ -909,6 +963,28 @@ async def test_what_a_client_chose_is_escaped_and_shortened_in_the_log(name, cap
             await peer.websocket.close(4999, name[:30].replace('\ud800', ''))
     for line in lines():
         assert line.isprintable() and line.isascii() and len(line) < 700
+
+
+@both_ways
+@run_async
+async def test_clients_that_displace_each_other_are_one_warning_an_interval(caplog):
+    def warnings():
+        return [line for line in lines() if 'again and again' in line]
+
+    with logged(caplog) as lines:
+        async with running_relay() as server:
+            addresses = set()
+            for expected in (1, 2):
+                for _ in range(3 * relay.FIGHT):
+                    async with registered(server, A) as one, registered(server, A) as other:
+                        for peer in (one, other):
+                            addresses.add(relay.address_of(peer.websocket.local_address))
+                        await one.closed_with()
+                assert len(warnings()) == expected
+                server._takeovers_since -= relay.FIGHT_INTERVAL + 1
+    for line in warnings():
+        by = re.search(r'by (\S+) and (\S+);.*new UUID', line).groups()
+        assert by[0] != by[1] and addresses.issuperset(by) and str(A) in line
 
 
 @run_async
@@ -1149,6 +1225,54 @@ def test_a_log_folder_that_cannot_be_made_is_one_line(tmp_path):
     assert str(tmp_path / 'file' / 'logs') in fails('--log-dir', str(tmp_path / 'file' / 'logs'))
 
 
+@pytest.mark.parametrize('sent', [b'', b'GET / HTTP/1.1\r\nUp'], ids=['nothing', 'half'])
+@pytest.mark.parametrize('secure', [False, True])
+@run_async
+async def test_a_connection_without_a_whole_request_does_not_delay_the_stop(sent, secure, pem):
+    options = ['--certfile', pem / 'both.pem'] if secure else []
+    trust = trusting(pem) if secure else None
+    with running_program('--host', '127.0.0.1', *options) as process:
+        async with wired(process, trust, opened=False) as wire:
+            wire.send(sent)
+            # Connections are accepted in order.
+            async with wired(process, trust):
+                pass
+            process.terminate()
+            # Within a second; the handshake itself would have ten.
+            await asyncio.to_thread(process.wait, 5)
+        assert (process.returncode, process.stderr.read()) == (0, '')
+
+
+@pytest.mark.parametrize(
+    'environment, options, lines',
+    [
+        ('', '--ping-interval ' + '9' * 400, 1),
+        ('WATCHDOG_USEC=rubbish NOTIFY_SOCKET=/nowhere', '', 0),
+        ('JOURNAL_STREAM=8:1234', '>&-', 0),
+        ('JOURNAL_STREAM=rubbish', '>&-', 0),
+    ],
+)
+def test_an_odd_environment_is_one_line_or_nothing(environment, options, lines, tmp_path):
+    program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --log-dir {tmp_path}'
+    command = f'{environment} exec {program} {options}'
+    log, pipes = tmp_path / 'server.log', {'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(['bash', '-c', command], **pipes) as process, ended_in_time(process):
+        while process.poll() is None and not (log.exists() and 'No --tok' in log.read_text()):
+            time.sleep(0.01)
+        process.terminate()
+        errors = process.stderr.read()
+    # Without a standard output, the log goes there.
+    others = [line for line in errors.splitlines() if not line.startswith('[')]
+    assert len(others) == lines, errors
+    assert process.returncode == (2 if lines else 0)
+
+
+@pytest.mark.parametrize('function', [relay.serve, relay.Listener])
+def test_a_misspelt_keyword_is_a_type_error(function):
+    with pytest.raises(TypeError, match='certifcate'):
+        function('127.0.0.1', 0, certifcate='cert.pem')
+
+
 # ------------------------------------------------------------------------------- TLS
 
 
@@ -1380,6 +1504,54 @@ async def test_the_handler_refuses_what_another_server_let_in_without_a_token(to
             assert holder(server, A, 'alice')
 
 
+@both_ways
+@run_async
+async def test_a_revoked_token_closes_its_connections_though_the_user_has_another(tokens):
+    async with (
+        running_relay(tokens=tokens) as server,
+        registered(server, A, **bearer('a1')) as kept,
+        registered(server, B, **bearer('a2:x#y')) as revoked,
+        connected(server, **bearer('a2:x#y')) as unregistered,
+    ):
+        Path(tokens).write_text('alice:a1\n')
+        server.reload(None, '', None)
+        assert await revoked.closed_with() == CloseCode.POLICY_VIOLATION
+        assert await unregistered.closed_with() == CloseCode.POLICY_VIOLATION
+        assert 'unknown' in (await kept.ask(kept.offer(B)))['error']
+
+
+# By name: the address of a peer, the X-Forwarded-For it sent, and the address in the log.
+PROXY, STRANGER = ('127.0.0.1', 5), ('198.51.100.1', 5)
+FORWARDED = {
+    'none': (PROXY, [], '127.0.0.1:5'),
+    'one address': (PROXY, ['192.0.2.7'], '192.0.2.7'),
+    'IPv6': (('::1', 5, 0, 0), ['2001:db8::1'], '2001:db8::1'),
+    'a forged address before': (PROXY, ['10.0.0.1, 192.0.2.7'], '192.0.2.7'),
+    'a forged line before': (PROXY, ['10.0.0.1', '192.0.2.7'], '192.0.2.7'),
+    'not from a proxy': (STRANGER, ['192.0.2.7'], '198.51.100.1:5'),
+    'empty': (PROXY, [''], '127.0.0.1:5'),
+    'garbage': (PROXY, ['\x1b[2J\n'], '127.0.0.1:5'),
+    'garbage at the end': (PROXY, ['192.0.2.7, x'], '127.0.0.1:5'),
+    'a Unix socket': ('', ['192.0.2.7'], 'unknown address'),
+}
+
+
+@pytest.mark.parametrize('address, lines, expected', FORWARDED.values(), ids=FORWARDED)
+def test_the_address_of_a_client_is_taken_only_from_a_local_proxy(address, lines, expected):
+    headers = SimpleNamespace(get_all={'X-Forwarded-For': lines}.get)
+    assert relay.client_address(address, SimpleNamespace(headers=headers)) == expected
+
+
+@both_ways
+@run_async
+async def test_the_address_that_a_proxy_adds_is_logged(caplog):
+    headers = {'X-Forwarded-For': '10.0.0.1, 192.0.2.7'}
+    with logged(caplog) as lines:
+        async with running_relay() as server, registered(server, A, additional_headers=headers):
+            pass
+    assert [line for line in lines() if line.endswith('at 192.0.2.7)')]
+
+
 @pytest.mark.parametrize(
     'content, fault',
     [
@@ -1597,6 +1769,16 @@ async def test_a_client_that_was_silent_may_send_a_burst(monkeypatch):
             for _ in range(12):
                 await peer.ask(peer.registration())
     assert waits[:9] == [0] * 9 and waits[11] > 0
+
+
+@pytest.mark.parametrize('size, units', [(1, 1), (2**14, 1), (2**14 + 1, 2), (2**20, 64)])
+@run_async
+async def test_a_message_counts_against_the_rate_once_for_each_16_kib(size, units, monkeypatch):
+    async with running_relay(rate=10) as server:
+        waits = paced(server, monkeypatch, [1000.0])
+        async with registered(server, A) as peer:
+            await peer.ask('x' * size)
+    assert waits[1] - waits[0] == pytest.approx(units / 10)
 
 
 @run_async
@@ -1984,13 +2166,17 @@ async def test_the_end_of_the_certificate_is_told_from_the_start_and_after_a_rel
     assert 6 * 86400 < float(second) - float(first) < 8 * 86400
 
 
-def test_the_watchdog_hears_from_the_relay_twice_in_its_period(monkeypatch):
+@pytest.mark.parametrize(
+    'usec, delay',
+    [('30000000', 15), ('1', 0.01), ('', 30), ('-5', 30), ('rubbish', 30), ('9' * 400, 30)],
+)
+def test_the_watchdog_hears_from_the_relay_twice_in_its_period(usec, delay, monkeypatch):
     periods = []
     loop = SimpleNamespace(call_later=lambda delay, *_: periods.append(delay))
     monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(get_running_loop=lambda: loop))
-    monkeypatch.setenv('WATCHDOG_USEC', '30000000')
+    monkeypatch.setenv('WATCHDOG_USEC', usec)
     relay.beat(RelayServer())
-    assert periods == [15]
+    assert periods == [delay]
 
 
 @pytest.fixture(params=['path', 'abstract'])
@@ -3101,7 +3287,7 @@ class Wire:
 
     def send(self, *data):
         data = b''.join(data)
-        if self.tls:
+        if self.tls and data:  # some versions of Python cannot write nothing
             self.tls.write(data)
             data = self.sent.read()
         self.writer.write(data)
@@ -3135,7 +3321,9 @@ class Wire:
         self.send(HANDSHAKE)
         answer = b''
         while not answer.endswith(b'\r\n\r\n'):
-            answer += await self.read(1)
+            byte = await self.read(1)
+            assert byte, answer
+            answer += byte
         assert answer.startswith(b'HTTP/1.1 101 ')
         return self
 
@@ -3451,16 +3639,23 @@ async def test_what_a_close_or_an_end_follows_at_once_is_forwarded(rate, end):
         await alone(server, peer)
 
 
+@pytest.mark.parametrize('rate', [0, 2000])
+@pytest.mark.parametrize('close', [frame_of(CLOSE, code_of(1000)), b''], ids=['close', ''])
+@pytest.mark.parametrize('notify', [True, False], ids=['notify', ''])
 @run_async
-async def test_what_the_end_of_tls_follows_at_once_is_forwarded(tls, pem):
+async def test_what_a_tls_client_sends_before_it_leaves_is_forwarded(
+    rate, close, notify, tls, pem
+):
     trust = trusting(pem)
-    async with running_relay(tls) as server, registered(server, A, ssl=trust) as peer:
+    async with running_relay(tls, rate=rate) as server, registered(server, A, ssl=trust) as peer:
         async with wired(server, trust) as wire:
             await wire.register()
-            wire.tls.write(said(json.dumps(wire.peer.offer(A))))
-            wire.tls.write(frame_of(CLOSE, code_of(1000)))
-            await tells_the_end_of_tls(wire)
-            assert await peer.hear() == wire.peer.offer(A)
+            offers = [wire.peer.offer(A, description=f'{n:0500}') for n in range(200)]
+            wire.send(*[said(json.dumps(offer)) for offer in offers], close)
+            if notify:
+                await tells_the_end_of_tls(wire)
+            wire.finish()
+            assert [await peer.hear() for _ in offers] == offers
         await alone(server, peer)
 
 
@@ -3709,26 +3904,38 @@ async def test_a_handshake_that_is_given_up_leaves_nothing(size, leave, caplog):
                 await asyncio.wait_for(alone(server, peer), 2)
 
 
+@pytest.fixture
+def no_collection():
+    """Nothing is collected during a test unless it asks for it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize('secure', [False, True])
 @run_async
-async def test_clients_that_end_in_whatever_way_leave_nothing_in_memory(monkeypatch):
+async def test_closed_connections_leave_nothing_for_the_garbage_collector(
+    secure, tls, pem, monkeypatch, no_collection
+):
     # What pytest keeps of the log would hold them.
     monkeypatch.setattr(relay.logger, 'disabled', True)
-    gc.collect()
-    before = len(os.listdir('/proc/self/fd'))
-    async with running_relay(**SOON) as server:
+    context, trust = (tls, trusting(pem)) if secure else (None, None)
+    left, before = remembered(), len(os.listdir('/proc/self/fd'))
+    async with running_relay(context, **SOON) as server:
         async with contextlib.AsyncExitStack() as stack:
             for ending in ENDINGS:
-                wire = await stack.enter_async_context(wired(server, narrow=True))
+                wire = await stack.enter_async_context(wired(server, trust, narrow=True))
                 await ending(server, await wire.register())
             for size in (0, 1, 60):
-                wire = await stack.enter_async_context(wired(server, opened=False))
+                wire = await stack.enter_async_context(wired(server, trust, opened=False))
                 wire.send(HANDSHAKE[:size])
             for data, _ in BROKEN.values():
-                (await stack.enter_async_context(wired(server))).send(data)
+                (await stack.enter_async_context(wired(server, trust))).send(data)
             await until(lambda: not server.listener.connections)
         assert not server._websocket_to_client and not server.refusal_log.keys() - {None}
         await until(lambda: len(os.listdir('/proc/self/fd')) <= before + 1)
-        assert remembered() == []
+        assert remembered(collect=False) == left
     await until(lambda: len(os.listdir('/proc/self/fd')) <= before)
 
 
@@ -3736,7 +3943,7 @@ async def test_clients_that_end_in_whatever_way_leave_nothing_in_memory(monkeypa
 async def test_clients_that_are_lost_leave_no_timer(monkeypatch):
     monkeypatch.setattr(relay.logger, 'disabled', True)
     async with running_relay() as server:
-        before = len(timers())
+        left, before = remembered(), len(timers())
         for ending in (resets, resets_after_its_close, resets_after_a_close):
             async with wired(server) as wire:
                 await ending(server, await wire.register())
@@ -3746,8 +3953,13 @@ async def test_clients_that_are_lost_leave_no_timer(monkeypatch):
                 wire.send(data)
                 await exchange_with_nobody(server)
                 wire.reset()
+        monkeypatch.setattr(server, 'pace', lambda client, size: 60)
+        async with wired(server) as wire:
+            wire.send(said('x'))
+            assert (await wire.hear())['error']
+            wire.reset()
         await until(lambda: not server.listener.connections)
-        assert remembered() == []
+        assert remembered() == left
         assert len(timers()) == before
 
 
@@ -3757,10 +3969,11 @@ async def exchange_with_nobody(server):
         await other.ask('x')
 
 
-def remembered():
-    """Return the connections and the clients that are in memory."""
-    gc.collect()
-    kinds = relay.Connection, relay.Client
+def remembered(collect=True):
+    """Return the connections, clients and protocols that are in memory."""
+    if collect:
+        gc.collect()
+    kinds = relay.Connection, relay.Client, relay.TlsSession, relay.ServerProtocol
     return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
 
 
@@ -3815,6 +4028,23 @@ async def test_a_client_that_does_not_read_what_it_is_answered_is_read_no_more(
             assert opcode == TEXT and json.loads(first)['error']
             rest = await wire.read((len(first) + 4) * (count - 1))
             assert rest.count(first) == count - 1
+
+
+@run_async
+async def test_a_client_that_makes_tls_answer_and_does_not_read_is_read_no_more(monkeypatch):
+    # OpenSSL answers each KeyUpdate, which is not input.
+    answers = SimpleNamespace(read=lambda: bytes(2**16))
+    session = SimpleNamespace(outgoing=answers, ended=False, decrypt=lambda data, plain: None)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server, narrow=True) as wire:
+            wire.stall()
+            connection = await relay_side(server, wire)
+            connection.tls = session
+            while connection not in server.listener.not_reading:
+                wire.send(b'a KeyUpdate')
+                await exchange(peer, peer)
+                assert len(connection.output) < 1.2 * relay.MAX_BACKLOG
+            connection.abort()
 
 
 @run_async
@@ -3878,6 +4108,71 @@ async def test_a_client_that_is_lost_as_it_is_given_up_hurts_nobody():
 
 
 @run_async
+async def test_a_client_that_is_reset_while_it_is_not_read_does_not_wait_for_its_rate(monkeypatch):
+    monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            connection = await relay_side(server, wire)
+            with monkeypatch.context() as patch:
+                patch.setattr(server, 'pace', lambda client, size: 60)
+                wire.send(said('x' * 1000) * 1000)
+                await until(lambda: connection in server.listener.not_reading)
+            wire.reset()
+            await alone(server, peer)
+
+
+@run_async
+async def test_what_a_client_sent_before_it_left_is_forwarded_though_it_cannot_be_answered(
+    monkeypatch,
+):
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            monkeypatch.setattr(server, 'pace', lambda client, size: 0.01)
+            offers = [wire.peer.offer(A, description=str(n)) for n in range(10)]
+            messages = [json.dumps(offer) for offer in offers]
+            # The relay answers the third message, and the network resets the connection for it.
+            wire.send(*map(said, messages[:2]), said('x') * 3, *map(said, messages[2:]))
+            wire.finish()
+            wire.writer.transport.abort()
+            assert [await peer.hear() for _ in offers] == offers
+        monkeypatch.undo()
+        await alone(server, peer)
+
+
+@run_async
+async def test_other_clients_have_their_turn_while_long_messages_are_decoded(monkeypatch):
+    decoded, decode_ = [], relay.decode
+
+    def note(text):
+        decoded.append(text)
+        return decode_(text)
+
+    async with (
+        running_relay() as server,
+        registered(server, A) as one,
+        registered(server, B) as other,
+    ):
+        async with contextlib.AsyncExitStack() as stack:
+            wires, text = [], zeros(2**18)
+            for _ in range(20):
+                wires.append(await (await stack.enter_async_context(wired(server))).register())
+                wires[-1].send(said(text)[:-1])
+                connection = await relay_side(server, wires[-1])
+                await until(lambda: len(connection.input) == len(said(text)) - 1)
+            monkeypatch.setattr(relay, 'decode', note)
+            for wire in wires:
+                wire.send(said(text)[-1:])
+            await one.say(one.offer(B))
+            assert await other.hear() == one.offer(B)
+            # Of the long messages, most are still to come.
+            assert decoded.count(text) < len(wires)
+            for wire in wires:
+                assert 'message_type' in (await wire.hear())['message']
+
+
+@run_async
 async def test_pings_and_pongs_have_the_rate_of_messages(monkeypatch):
     async with running_relay(rate=10) as server, wired(server) as wire:
         waits = paced(server, monkeypatch, [1000.0])
@@ -3908,6 +4203,11 @@ async def sends_no_record(wire):
     wire.writer.write(b'GET / HTTP/1.1\r\n\r\n')
 
 
+async def sends_no_record_after_a_message(wire):
+    wire.tls.write(said('x'))
+    wire.writer.write(wire.sent.read() + b'GET / HTTP/1.1\r\n\r\n')
+
+
 async def closes(wire):
     wire.send(frame_of(CLOSE, code_of(1000)))
     assert await wire.end() == ([], 1000)
@@ -3928,6 +4228,7 @@ async def resets_tls(wire):
 
 
 TLS_ENDINGS = [tells_the_end_of_tls, truncates, truncates_a_record, sends_no_record, resets_tls]
+TLS_ENDINGS += [sends_no_record_after_a_message]
 TLS_ENDINGS += [closes, closes_and_tells_the_end_of_tls, breaks_the_rules]
 
 
@@ -3966,6 +4267,59 @@ async def test_a_client_that_does_not_get_to_tls_goes_in_time(start, tls, caplog
                 with contextlib.suppress(ConnectionError):
                     await asyncio.wait_for(wire.reader.read(), 1)
             assert not server.listener.connections
+
+
+def hello_of(context):
+    """Return the bytes that a TLS client begins with."""
+    sent = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname='localhost').do_handshake()
+    return sent.read()
+
+
+@pytest.mark.parametrize('size', [3, 99, None])
+@pytest.mark.parametrize('leave', [Wire.reset, Wire.finish, Wire.stall])
+@run_async
+async def test_a_tls_handshake_that_is_given_up_leaves_nothing(size, leave, tls, pem, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(tls, **SOON) as server:
+            async with wired(server, opened=False) as wire:
+                await relay_side(server, wire)
+                wire.send(hello_of(trusting(pem))[:size])
+                leave(wire)
+                await until(lambda: not server.listener.connections)
+
+
+@run_async
+async def test_a_tls_handshake_of_single_bytes_has_no_more_time_than_another(tls, pem, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(tls, open_timeout=0.05) as server:
+            async with wired(server, opened=False) as wire:
+                connection = await relay_side(server, wire)
+                hello = iter(hello_of(trusting(pem))[:-1])
+                # Each byte takes at least a millisecond, and there are hundreds.
+                while connection in server.listener.connections:
+                    heard = connection.last_heard
+                    wire.send(bytes([next(hello)]))
+                    await until(lambda: connection.last_heard > heard or connection.finished)
+
+
+@run_async
+async def test_tls_clients_that_are_reset_while_paused_are_no_error(tls, pem, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay(tls, rate=20) as server:
+            async with contextlib.AsyncExitStack() as stack:
+                wires = []
+                for _ in range(20):
+                    wire = await stack.enter_async_context(wired(server, trusting(pem)))
+                    wires.append(await wire.register())
+                for wire in wires:
+                    wire.send(said('x' * 500) * 100)
+                    connection = await relay_side(server, wire)
+                    await until(lambda: relay.RATE_LIMIT in connection.paused_for)
+                for wire in wires:
+                    wire.reset()
+                await until(lambda: not server.listener.connections)
 
 
 @run_async
@@ -4015,7 +4369,167 @@ async def test_a_defect_met_in_the_sweep_does_not_end_it(caplog):
     assert [r.exc_info[1].args for r in caplog.records if r.exc_info] == [('a defect',)]
 
 
+UNFINISHED = {
+    'one byte too many': (frame_of(TEXT, length=2**16 + 1), 1009),
+    'one byte too many in fragments': (
+        frame_of(TEXT, b'x' * 2**15, 0) + frame_of(CONT, length=2**15 + 1),
+        1009,
+    ),
+    'as many bytes as it may send': (frame_of(TEXT, b'x' * 2**16), None),
+}
+
+
+@pytest.mark.parametrize('data, code', UNFINISHED.values(), ids=UNFINISHED)
+@run_async
+async def test_a_client_that_has_not_registered_may_send_64_kib(data, code):
+    async with running_relay() as server, wired(server) as wire:
+        wire.send(data, b'' if code else frame_of(CLOSE, code_of(1000)))
+        frames, ended_with = await wire.end()
+        assert (len(frames), ended_with) == ((0, 1009) if code else (1, 1000))
+
+
+@run_async
+async def test_out_of_memory_the_client_that_holds_the_most_is_closed(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_BUFFERED', 2**18)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as innocent, wired(server) as most, wired(server) as last:
+            for wire in (innocent, most, last):
+                await wire.register()
+            offer = said(json.dumps(innocent.peer.offer(A, description='x' * 10_000)))
+            for wire, data in (
+                (innocent, offer[:-1]),
+                (most, frame_of(TEXT, b'x' * 150_000, length=2**20)),
+                (last, frame_of(TEXT, b'x' * 120_000, length=2**20)),
+            ):
+                wire.send(data)
+                connection = await relay_side(server, wire)
+                await until(lambda: connection.counted_bytes == len(data) or wire is last)
+            assert await most.end() == ([], CloseCode.TRY_AGAIN_LATER)
+            innocent.send(offer[-1:])
+            assert (await peer.hear())['source_uuid'] == str(innocent.peer.uuid)
+            assert holder(server, last.peer.uuid)
+            assert server.refusal_counts['out_of_memory'] == 1
+        await until(lambda: server.listener.buffered_bytes == 0)
+
+
+@run_async
+async def test_out_of_memory_a_client_that_does_not_read_is_dropped(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_BUFFERED', 2**18)
+    async with running_relay() as server, registered(server, A) as sender:
+        async with wired(server, narrow=True) as wire:
+            await wire.register()
+            wire.stall()
+            while holder(server, wire.peer.uuid):
+                await sender.say(sender.offer(wire.peer.uuid, description='x' * 2**14))
+                await exchange_with_oneself(sender)
+            await alone(server, sender)
+        assert server.refusal_counts['out_of_memory'] == 1
+        assert server.listener.buffered_bytes == 0
+
+
+@run_async
+async def test_a_client_may_be_dropped_for_the_answer_to_its_own_message(monkeypatch, caplog):
+    with logged(caplog, 'INFO'):
+        async with running_relay() as server, registered(server, A) as peer:
+            async with wired(server, narrow=True) as wire:
+                await wire.register()
+                await leave_unread(server, wire)
+                # There is no memory left for the close frame.
+                monkeypatch.setattr(relay, 'MAX_BUFFERED', server.listener.buffered_bytes)
+                wire.send(said(b'\xff'))
+                await alone(server, peer)
+
+
+@pytest.mark.parametrize(
+    'data',
+    [said('x' * 99)[:50], frame_of(TEXT, b'{', 0), frame_of(TEXT, b'', 0)],
+    ids=['half a frame', 'a fragment', 'an empty fragment'],
+)
+@run_async
+async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data, monkeypatch):
+    monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.1)
+    monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
+    async with running_relay() as server, registered(server, A) as peer:
+        async with wired(server) as wire:
+            await wire.register()
+            wire.send(data)
+            assert await wire.end() == ([], CloseCode.POLICY_VIOLATION)
+        await alone(server, peer)
+        assert server.refusal_counts['incomplete'] == 1
+
+
+@pytest.mark.parametrize('reason', [relay.RATE_LIMIT, relay.TURN])
+@run_async
+async def test_a_message_that_waits_for_the_relay_does_not_time_out(reason, monkeypatch):
+    async with running_relay() as server, wired(server) as wire, wired(server) as late:
+        await wire.register()
+        text, fragments = zeros(2**17), frame_of(TEXT, b'{', 0)
+        data = fragments + frame_of(CONT, b'{', 0) if reason is relay.RATE_LIMIT else said(text)
+        wire.send(data[:-1])
+        connection = await relay_side(server, wire)
+        await until(lambda: connection in server.listener.incomplete)
+        monkeypatch.setattr(server, 'pace', lambda client, size: 60)
+        monkeypatch.setattr(server.listener, 'request_turn', lambda connection: None)
+        wire.send(data[-1:])
+        await until(lambda: connection.paused_for == {reason})
+        late.send(fragments[:-1])
+        monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0)
+        assert await late.end() == ([], CloseCode.POLICY_VIOLATION)
+        assert connection.is_open and connection.paused_for == {reason}
+
+
+@run_async
+async def test_the_oldest_of_too_many_handshakes_is_dropped(monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_HANDSHAKES', 2)
+    async with running_relay() as server, registered(server, A) as peer:
+        wires = []
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(3):
+                wires.append(await stack.enter_async_context(wired(server, opened=False)))
+                await exchange(peer, peer)
+            assert await wires[0].reader.read() == b''
+            for wire in wires[1:]:
+                await wire.open()
+        await alone(server, peer)
+
+
+@run_async
+async def test_the_last_connection_that_there_is_room_for_is_served():
+    server = RelayServer()
+    answer = server.process_request
+    listener = relay.Listener(server, answer, max_connections=2)
+    async with until_closed(await listener.listen('127.0.0.1', 0)):
+        server.url = 'ws://%s:%d' % listener.sockets[0].getsockname()
+        async with registered(server, A) as one, registered(server, B) as other:
+            await exchange(one, other)
+
+
 # ------------------------------------------------------------------------------- Attacks
+
+# By name: requests that are not a handshake, or not a valid one. Some versions of websockets
+# answer some of them by themselves.
+REQUESTS = {
+    'POST': b'POST / HTTP/1.1\r\n\r\n',
+    'POST with a body': b'POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello',
+    'POST with chunks': (
+        b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n'
+    ),
+    'HEAD': b'HEAD / HTTP/1.1\r\n\r\n',
+    'GET with a body': b'GET / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello',
+    'GET with an empty body': b'GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n',
+    'HTTP/1.0': b'GET / HTTP/1.0\r\n\r\n',
+    'a handshake with a body': HANDSHAKE[:-2] + b'Content-Length: 5\r\n\r\nhello',
+}
+
+
+@pytest.mark.parametrize('data', REQUESTS.values(), ids=REQUESTS)
+@run_async
+async def test_a_request_that_is_not_a_handshake_is_answered(data):
+    async with running_relay() as server:
+        head, _, body = (await http(server, data)).partition(b'\r\n\r\n')
+        assert head.split()[:2] in ([b'HTTP/1.1', b'426'], [b'HTTP/1.1', b'400'])
+        assert body.endswith(b'\n')
+
 
 PROBES = {
     'nothing': b'EOF',
@@ -4259,6 +4773,46 @@ async def exhaust_files(process):
             assert await reader.read() == b''
         for _, writer in silent:
             writer.close()
+
+
+@run_async
+async def test_a_reload_works_while_silent_connections_use_up_the_file_descriptors(tokens):
+    program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --token-file {tokens}'
+    command = ['bash', '-c', f'ulimit -n 128; exec {program}']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with ended_in_time(process), contextlib.ExitStack() as stack:
+            process.url = 'ws://' + process.stdout.readline().split()[-1]
+            async with registered(process, A, **bearer('b1')) as peer:
+                for _ in range(200):
+                    sock = stack.enter_context(socket.socket())
+                    sock.setblocking(False)
+                    sock.connect_ex(('127.0.0.1', port_of(process)))
+                files = f'/proc/{process.pid}/fd'
+                await until(lambda: len(os.listdir(files)) > 128 - relay.RESERVED_FDS)
+                Path(tokens).write_text('alice:a1\n')
+                assert 'Reloaded' in await reloaded(process)
+                assert await peer.closed_with() == CloseCode.POLICY_VIOLATION
+            async with registered(process, B, **bearer('a1')) as other:
+                await exchange(other, other)
+
+
+def memory_of(process):
+    """Return the resident memory of a process, in KiB."""
+    return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{process.pid}/status').read_text())[1])
+
+
+@run_async
+async def test_a_client_over_tls_takes_little_memory(pem):
+    with running_program('--host', '127.0.0.1', '--certfile', pem / 'both.pem') as process:
+        trust, before = trusting(pem), 0
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(60):
+                wire = await stack.enter_async_context(wired(process, trust))
+                await wire.register()
+                if number == 9:
+                    before = memory_of(process)
+            # About 21 each; asyncio's own TLS takes 287.
+            assert (memory_of(process) - before) / 50 < 64
 
 
 # ------------------------------------------------------------------------------- Scale-out
