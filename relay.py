@@ -70,7 +70,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from typing import Any, Callable, NamedTuple, Optional, get_type_hints
+from typing import Any, Callable, NamedTuple, Optional, TextIO, get_type_hints
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID, uuid4
 
@@ -140,6 +140,7 @@ MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able 
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
 MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
+MAX_REASON = 300  # characters of the reason why a new version does not start
 ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 
 
@@ -636,7 +637,7 @@ class RelayServer:
         self._websocket_to_client[client.websocket] = client
         self.start_registration_timer(client, REGISTER_TIMEOUT)
 
-    def readmit(self, client: Client, seconds: float | None, claim: Any) -> None:
+    def readmit(self, client: Client, seconds: float | None, claim: Claim | None) -> None:
         """Put a client into the registry that the version before an upgrade has left."""
         self._websocket_to_client[client.websocket] = client
         if seconds is not None:
@@ -1397,6 +1398,12 @@ class Connection:
         self.deadline.cancel()
         self.deadline = self.loop.call_later(seconds, self.abort)
 
+    def continue_closing(self, finished: bool) -> None:
+        """Wait for the client's close frame, or only for it to read, after an upgrade."""
+        self._start_deadline(self.server.limits.close_timeout)
+        if finished:
+            self._finish()
+
     def _on_end_of_input(self) -> None:
         """The client has sent everything and it was processed: end the connection."""
         self.protocol.receive_eof()
@@ -1667,8 +1674,7 @@ class Listener:
 # who speaks ws:// notices. First, a child process shows that the new code starts with these
 # options. Then the state is written to a file in memory, one JSON text a line, and the process
 # executes the new code, which inherits all sockets. TLS connections are closed with 1012, because
-# what OpenSSL knows about them cannot be handed over. Handshakes and connections that are closing
-# are dropped.
+# what OpenSSL knows about them cannot be handed over. Handshakes are dropped.
 
 # How the state may change: a new key needs a default for states that lack it, and is ignored by
 # older versions. Any other change needs a new number, because a state of another is not read.
@@ -1692,12 +1698,12 @@ class Upgrader:
 
     async def _upgrade(self) -> None:
         try:
-            began, clients = time.monotonic(), len(self.relay._websocket_to_client)
+            began = time.monotonic()
             await self._try_new_code()
             notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
-            await self._prepare()
+            closed = await self._prepare()
             if not self.stop.is_set():
-                self._execute({'began': began, 'clients': clients})
+                self._execute({'began': began, 'closed': closed})
         except Exception as error:
             logger.error('Upgrade failed, the running version goes on: %s', error)
         # Still here, so the new code was not executed.
@@ -1722,14 +1728,22 @@ class Upgrader:
         try:
             _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
         except asyncio.TimeoutError:
-            child.kill()
             raise StartError(f'the new version does not start in {TRIAL_TIMEOUT} s') from None
+        finally:  # the relay may stop meanwhile
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
         if child.returncode != 0:
-            lines = output.decode(errors='replace').split('\n')
-            raise StartError(next(filter(str.strip, reversed(lines)), 'the new version fails'))
+            lines = [line for line in output.decode(errors='replace').split('\n') if line.strip()]
+            reason = f'the new version ends with status {child.returncode}'
+            # It may be anything: one line of the log, without codes for a terminal.
+            raise StartError(ascii(lines[-1].strip()[:MAX_REASON])[1:-1] if lines else reason)
 
-    async def _prepare(self) -> None:
-        """Let new connections wait, and close or complete what cannot be handed over."""
+    async def _prepare(self) -> int:
+        """Let new connections wait, and close or complete what cannot be handed over.
+
+        Returns how many clients were closed.
+        """
         for listener in self.listeners:
             listener.stop_accepting()
         if self.relay.backplane is not None:
@@ -1738,6 +1752,7 @@ class Upgrader:
         encrypted = [connection for connection in connections if connection.tls is not None]
         for connection in encrypted:
             connection.close(1012, 'the relay is being upgraded')
+        closed = sum(connection.opened for connection in encrypted)
         for _ in range(10):
             if any(connection in connection.server.connections for connection in encrypted):
                 await asyncio.sleep(DRAIN_TIMEOUT / 10)
@@ -1749,11 +1764,12 @@ class Upgrader:
                 client.closed.cancel()
         for _ in range(4):
             await asyncio.sleep(0)
+        return closed
 
     def _execute(self, header: dict[str, Any]) -> None:
         """Write the state and execute the new code. Raises OSError if that fails."""
         relay, sockets = self.relay, [listener.sockets for listener in self.listeners]
-        connections = [c for c in list(self.listeners[0].connections) if c.is_open and not c.tls]
+        connections = [c for c in list(self.listeners[0].connections) if c.opened and not c.tls]
         header.update(
             {
                 'version': STATE_VERSION,
@@ -1797,6 +1813,8 @@ def save_connection(connection: Connection) -> dict[str, Any]:
     timer = client.registration_timer
     return {
         'fd': connection.sock.fileno(),
+        'is_open': connection.is_open,
+        'finished': connection.finished,
         'remote_address': connection.remote_address,
         'name': client.name,
         'uuid': client.uuid and str(client.uuid),
@@ -1816,7 +1834,8 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
     """Continue a connection where the old code left it. It is not read before all are here."""
     sock = socket.socket(fileno=saved['fd'])
     sock.set_inheritable(False)
-    connection = Connection(listener, sock, tuple(saved['remote_address']), OPEN)
+    state = OPEN if saved['is_open'] else State.CLOSING
+    connection = Connection(listener, sock, tuple(saved['remote_address']), state)
     try:
         client = connection.client
         client.name, client.address = saved['name'], saved['address']
@@ -1827,8 +1846,11 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
         connection.input += base64.b64decode(saved['input'])
         connection.mark_open()
         connection.send(base64.b64decode(saved['output']))
-        claim = saved['claim'] and tuple(saved['claim'])
-        listener.relay.readmit(client, saved['seconds_to_register'], claim)
+        if saved['is_open']:
+            claim = saved['claim'] and Claim(*saved['claim'])
+            listener.relay.readmit(client, saved['seconds_to_register'], claim)
+        else:
+            connection.continue_closing(saved['finished'])
     except Exception:
         connection.abort()
         raise
@@ -1837,9 +1859,10 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
 class Handover:
     """The new code's part in an upgrade: the state that the old code has left."""
 
-    def __init__(self, file: Iterable[str]) -> None:
-        self.lines = iter(file)
-        self.header: dict[str, Any] = json.loads(next(self.lines))
+    def __init__(self, file: TextIO) -> None:
+        # Read line by line: it may be larger than what else fits into memory.
+        self.file = file
+        self.header: dict[str, Any] = json.loads(next(file))
         if self.header['version'] != STATE_VERSION:
             raise ValueError(f'its format is {self.header["version"]}, not {STATE_VERSION}')
         self.sockets: list[list[int]] = self.header['sockets']
@@ -1850,33 +1873,36 @@ class Handover:
         fd = os.environ.pop(STATE_FD, None)
         if fd is None:
             return None
-        try:
-            with open(int(fd), encoding='utf-8') as file:
-                return Handover(file.readlines())
-        except Exception as error:
-            logger.error('Upgraded without the clients, their state cannot be read: %s', error)
-            close_inherited_sockets()
-            return None
+        with contextlib.ExitStack() as stack:
+            try:
+                handover = Handover(stack.enter_context(open(int(fd), encoding='utf-8')))
+                stack.pop_all()  # `restore` closes the file
+                return handover
+            except Exception as error:
+                logger.error('Upgraded without the clients, their state cannot be read: %s', error)
+                close_inherited_sockets()
+                return None
 
     def restore(self, relay: RelayServer, listener: Listener) -> None:
         """Continue all connections and counters, and log how that went."""
-        header, kept = self.header, 0
+        header, closed = self.header, self.header['closed']
         relay.started = header['started']
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
         relay._registration_order = itertools.count(header['registration_order'])
-        for line in self.lines:
-            try:
-                restore_connection(listener, json.loads(line))
-                kept += 1
-            except Exception as error:
-                logger.error('A client was lost in the upgrade: %r', error)
+        with self.file:
+            for line in self.file:
+                try:
+                    restore_connection(listener, json.loads(line))
+                except Exception as error:
+                    closed += 1
+                    logger.error('A client was lost in the upgrade: %r', error)
         close_inherited_sockets()
         relay.close_revoked()
         logger.info(
             'Upgraded %s to %s in %.2f s: %d clients kept, %d closed',
             *(header['relay_version'], __version__, time.monotonic() - header['began']),
-            *(kept, header['clients'] - kept),
+            *(len(relay._websocket_to_client), closed),
         )
         for connection in list(listener.connections):
             connection.process_input()
@@ -2035,6 +2061,20 @@ def configure_logging(log_dir: str | None, level: str) -> None:
     logging.getLogger('asyncio').setLevel(logging.ERROR)
 
 
+# ------------------------------------------------------------------------------- Scale-out
+
+# Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
+#   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
+#       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
+#       which replies for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
+#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]], "upgrading": bool}
+#       is heard by all relays; the last key says that the sender's clients will soon be back.
+#
+# How it may change: readers ignore additional keys and additional items at the end of a claim, and
+# take an unknown verdict for "disconnected". Anything else needs another version, whose claims
+# older relays ignore with a WARNING: all relays have to know it before the first one uses it.
+
+
 def _import_nats(credentials: str | None) -> Any:
     """Return the package of nats-py; raises StartError if it or the credentials cannot be used."""
     package = "'nats-py[nkeys]'" if credentials else 'nats-py'
@@ -2057,20 +2097,6 @@ def _import_nats(credentials: str | None) -> Any:
     write: Any = lambda writer, pieces: writer.write(b''.join(pieces))  # noqa: E731
     asyncio.StreamWriter.writelines = write  # type: ignore[method-assign]
     return nats
-
-
-# ------------------------------------------------------------------------------- Scale-out
-
-# Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
-#   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
-#       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
-#       which replies for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
-#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]], "upgrading": bool}
-#       is heard by all relays; the last key says that the sender's clients will soon be back.
-#
-# How it may change: readers ignore additional keys and additional items at the end of a claim, and
-# take an unknown verdict for "disconnected". Anything else needs another version, whose claims
-# older relays ignore with a WARNING: all relays have to know it before the first one uses it.
 
 
 class Claim(NamedTuple):
@@ -2107,11 +2133,13 @@ class Backplane:
         self.in_flight, self.total_in_flight = Counter[Client](), 0  # bytes
         self.tasks: set[asyncio.Future[Any]] = set()  # cancelled when the connection has failed
         self.unfinished: set[asyncio.Future[Any]] = set()  # those that close() waits for
+        self.running: asyncio.Future[None] | None = None
         self.start()
 
     def start(self) -> None:
-        """Connect, and connect again whenever the connection fails."""
-        self.running = asyncio.ensure_future(self._run())
+        """Connect, and connect again whenever the connection fails, unless that is going on."""
+        if self.running is None or self.running.done():
+            self.running = asyncio.ensure_future(self._run())
 
     @property
     def connected(self) -> bool:
@@ -2205,7 +2233,9 @@ class Backplane:
             self._start(subscription.drain(), self.unfinished)
         if self.connected and self.unfinished:
             await asyncio.wait(self.unfinished, timeout=DRAIN_TIMEOUT)
-        while not self.running.done():  # nats-py may take a cancellation for one of its own
+        while (
+            self.running and not self.running.done()
+        ):  # nats-py may take a cancellation for one of its own
             self.running.cancel()
             await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
         if self.unfinished:  # cancelled: these messages come back

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import logging
 import os
@@ -63,14 +64,20 @@ both_generations = pytest.mark.parametrize('generation', GENERATIONS)
 # ------------------------------------------------------------------------------- Tools
 
 
-def run_async(test):
-    """Let pytest run a coroutine, and fail it when it hangs."""
+def run_within(seconds):
+    """Let pytest run a coroutine, and fail it when it takes longer."""
 
-    @functools.wraps(test)
-    def wrapper(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), timeout=8))
+    def decorate(test):
+        @functools.wraps(test)
+        def wrapper(*args, **kwargs):
+            asyncio.run(asyncio.wait_for(test(*args, **kwargs), timeout=seconds))
 
-    return wrapper
+        return wrapper
+
+    return decorate
+
+
+run_async = run_within(8)
 
 
 @contextlib.asynccontextmanager
@@ -2263,6 +2270,762 @@ def test_the_log_is_in_the_form_of_the_journal_where_it_goes_there(tmp_path):
             assert log.read_text().splitlines()[1].startswith(form)
             file.truncate(0)
             file.seek(0)
+
+
+# ------------------------------------------------------------------------------- Upgrade
+#
+# From outside: a copy of relay.py runs as a process. It is changed on disk, and SIGUSR2 has the
+# process go on with what is there.
+
+on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+run_upgrades = run_within(60)
+UPGRADES = 8  # in a row, to see whether one leaves something behind
+
+
+def waiting(when):
+    """Return a change to relay.py: a new version that waits until a test lets it go on."""
+    code = f"""
+import os, time
+if {when}:
+    open('waiting', 'w').close()
+    while not os.path.exists('go'):
+        time.sleep(0.01)
+import argparse
+"""
+    return 'import argparse\n', code
+
+
+TRYING, RESTORING = (
+    waiting("'RELAY_TRIAL' in os.environ"),
+    waiting("'RELAY_TRIAL' not in os.environ"),
+)
+
+
+class Program:
+    """A copy of relay.py in a folder, which runs as a process."""
+
+    def __init__(self, folder, options, edits):
+        self.folder, self.log, self.errors = folder, folder / 'out', folder / 'err'
+        self.edits = edits
+        self.install(relay.__version__)
+        command = [sys.executable, '-W', 'error', 'relay.py', '--port', '0', *options]
+        with self.log.open('w') as out, self.errors.open('w') as err:
+            self.process = subprocess.Popen(
+                [*command, '--metrics-port', '0'],
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+            )
+
+    def install(self, version, *edits):
+        """Put a version of relay.py where the process has found its own, with some changes."""
+        text = (HERE / 'relay.py').read_text()
+        version = f"__version__ = '{relay.__version__}'", f"__version__ = '{version}'"
+        for old, new in (version, *self.edits, *edits):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (self.folder / 'relay.py').write_text(text)
+
+    def lines(self, word):
+        """Return the lines of the log that hold a word, without the time and level."""
+        lines = [line for line in self.log.read_text().splitlines() if word in line]
+        return [line.partition(' :: ')[2] or line for line in lines]
+
+    async def logs(self, word, count=1):
+        """Wait until so many lines of the log hold a word, and return the last of them."""
+        while len(self.lines(word)) < count:
+            text = self.log.read_text() + self.errors.read_text()
+            assert self.process.poll() is None or len(self.lines(word)) >= count, text
+            await asyncio.sleep(0.005)
+        return self.lines(word)[count - 1]
+
+    async def signal(self, number, word):
+        """Send a signal, and return the next line of the log that holds a word."""
+        count = len(self.lines(word)) + 1
+        self.process.send_signal(number)
+        return await self.logs(word, count)
+
+    async def upgrade(self, version='9.0.0', *edits):
+        """Upgrade the process, and return what it says of that."""
+        self.install(version, *edits)
+        return await self.signal(signal.SIGUSR2, 'Upgraded ')
+
+    @contextlib.asynccontextmanager
+    async def gap(self, edit=RESTORING):
+        """Upgrade the process; what is done meanwhile is done when it serves nobody."""
+        count = len(self.lines('Upgraded ')) + 1
+        self.install('9.0.0', edit)
+        self.process.send_signal(signal.SIGUSR2)
+        await until((self.folder / 'waiting').exists)
+        yield
+        (self.folder / 'go').touch()
+        await self.logs('Upgraded ', count)
+
+    async def samples(self):
+        """Return the value of each metric by its name."""
+        text = (await fetch(self.metrics_port))[1]
+        lines = [line.rsplit(' ', 1) for line in text.splitlines() if line[0] != '#']
+        return {name: float(value) for name, value in lines}
+
+    def descriptors(self):
+        """Return what each open file of the process is."""
+        folder = Path(f'/proc/{self.process.pid}/fd')
+        return {path.name: os.readlink(path) for path in folder.iterdir()}
+
+    def listening(self):
+        """Return the sockets on which the process listens, which have numbers of their own."""
+        rows = ''.join(Path(f'/proc/net/{name}').read_text() for name in ('tcp', 'tcp6'))
+        rows = [row.split() for row in rows.splitlines()]
+        sockets = {f'socket:[{row[9]}]' for row in rows if row[3] == '0A'}
+        return sockets & set(self.descriptors().values())
+
+
+@contextlib.asynccontextmanager
+async def upgradable(folder, *options, host='127.0.0.1', edits=()):
+    """Run a copy of relay.py as a process; yields it once it serves."""
+    program = Program(folder, ['--host', host, *options], edits)
+    try:
+        line = await program.logs('Serving metrics on ')
+        program.metrics_port = int(line.rpartition(':')[2])
+        lines = program.lines('Serving relay server on ')
+        program.ports = [int(line.rpartition(':')[2]) for line in lines]
+        scheme = 'wss' if '--certfile' in options else 'ws'
+        program.url = f'{scheme}://127.0.0.1:{program.ports[0]}'
+        yield program
+        assert program.errors.read_text() == ''
+    finally:
+        program.process.kill()
+        program.process.wait()
+
+
+async def numbered(sender, receiver, stop):
+    """Send numbered messages until told to stop; see each arrive once, and in order."""
+    window = asyncio.Semaphore(8)
+
+    async def send():
+        for number in itertools.count():
+            await window.acquire()
+            last = stop.is_set()
+            await sender.say(sender.offer(receiver.uuid, description=f'{number} {last}'))
+            if last:
+                return
+
+    sending = asyncio.ensure_future(send())
+    try:
+        for number in itertools.count():
+            message = await receiver.hear()
+            assert message['error'] is None
+            assert message['description'].split()[0] == str(number)
+            window.release()
+            if message['description'].endswith('True'):
+                return number
+    finally:
+        sending.cancel()
+
+
+@contextlib.asynccontextmanager
+async def talking(*pairs):
+    """Have pairs send each other numbered messages meanwhile; in the end see that all arrived."""
+    stop = asyncio.Event()
+    ways = [way for one, other in pairs for way in ((one, other), (other, one))]
+    exchanges = [asyncio.ensure_future(numbered(*way, stop)) for way in ways]
+    try:
+        yield
+        stop.set()
+        assert min(await asyncio.gather(*exchanges)) > 0
+    finally:
+        for task in exchanges:
+            task.cancel()
+
+
+@contextlib.asynccontextmanager
+async def pair_of(server, **options):
+    """Connect two clients."""
+    async with registered(server, uuid4(), **options) as one:
+        async with registered(server, uuid4(), generation='relay', **options) as other:
+            yield one, other
+
+
+@run_upgrades
+async def test_an_upgrade_says_what_it_did(tmp_path):
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        line = await program.upgrade('7.8.9')
+        old = re.escape(relay.__version__)
+        assert re.fullmatch(
+            rf'Upgraded {old} to 7\.8\.9 in \d+\.\d\d s: 2 clients kept, 0 closed', line
+        )
+        assert ' INFO ' in program.log.read_text().splitlines()[-1]
+        await exchange(*pair)
+
+
+@run_upgrades
+async def test_pairs_lose_nothing_over_several_upgrades(tmp_path):
+    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+        pid = program.process.pid
+        pairs = [await stack.enter_async_context(pair_of(program)) for _ in range(5)]
+        async with talking(*pairs):
+            for number in range(3):
+                line = await program.upgrade(f'9.{number}')
+                assert line.endswith(': 10 clients kept, 0 closed')
+        assert program.process.poll() is None and program.process.pid == pid
+        values = await program.samples()
+        assert values['relay_connected_clients'] == 10
+        assert values['relay_registered_clients{generation="relay"}'] == 5
+
+
+# What a client has begun to send, by name: all of it, and how much of it comes before the upgrade.
+BEGUN = {
+    **{f'{cut} bytes': (lambda text: said(text), cut) for cut in (1, 2, 3, 5, 8, 9, 150, 399)},
+    'a fragment': (lambda text: frame_of(TEXT, text[:99], 0) + frame_of(CONT, text[99:]), 107),
+    'a fragment and some': (
+        lambda text: frame_of(TEXT, text[:99], 0) + frame_of(CONT, text[99:]),
+        130,
+    ),
+    'a fragment and a ping': (
+        lambda text: frame_of(TEXT, text[:99], 0) + frame_of(PING) + frame_of(CONT, text[99:]),
+        109,
+    ),
+    'an empty fragment': (lambda text: frame_of(TEXT, b'', 0) + frame_of(CONT, text), 6),
+    'two fragments': (
+        lambda text: (
+            frame_of(TEXT, text[:9], 0) + frame_of(CONT, text[9:30], 0) + frame_of(CONT, text[30:])
+        ),
+        15 + 27,
+    ),
+    'half a character': (
+        lambda text: (
+            frame_of(TEXT, text[: text.index(b'\xc3') + 1], 0)
+            + frame_of(CONT, text[text.index(b'\xc3') + 1 :])
+        ),
+        300,
+    ),
+}
+
+
+@run_upgrades
+async def test_what_has_begun_to_come_is_kept(tmp_path):
+    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+        begun = []
+        for make, cut in BEGUN.values():
+            wire = await (await stack.enter_async_context(wired(program))).register()
+            offer = wire.peer.offer(wire.peer.uuid, description='x' * 99 + '\u00e9' * 99)
+            data = make(json.dumps(offer, ensure_ascii=False).encode())
+            wire.send(data[:cut])
+            begun.append((wire, offer, data[cut:]))
+        await until_read(program)
+        line = await program.upgrade()
+        assert line.endswith(f': {len(BEGUN)} clients kept, 0 closed')
+        for name, (wire, offer, rest) in zip(BEGUN, begun):
+            wire.send(rest)
+            opcode, data = await wire.frame()
+            if opcode == PONG:
+                opcode, data = await wire.frame()
+            assert (opcode, json.loads(data)) == (TEXT, offer), name
+
+
+async def until_read(program):
+    """Wait until the relay has read what clients have sent: it reads all sockets in a turn."""
+    for _ in range(2):
+        await program.samples()
+
+
+@run_upgrades
+async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(tmp_path):
+    async with upgradable(tmp_path) as program, wired(program) as wire:
+        await wire.register()
+        wire.send(frame_of(TEXT, b'x' * 700_000, 0))
+        await until_read(program)
+        await program.upgrade()
+        wire.send(frame_of(CONT, b'x' * 700_000, 0))
+        assert (await wire.end())[1] == 1009
+
+
+@run_upgrades
+async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
+    async with upgradable(tmp_path, '--rate', '200') as program, pair_of(program) as (one, other):
+        window, upgraded = asyncio.Semaphore(200), asyncio.Event()
+
+        async def send():
+            count = 0
+            while not upgraded.is_set():
+                await window.acquire()
+                await one.say(one.offer(other.uuid, description=str(count)))
+                count += 1
+            return count
+
+        async def hear():
+            count = 0
+            while not (sending.done() and count == sending.result()):
+                assert (await other.hear())['description'] == str(count)
+                count += 1
+                window.release()
+            return count
+
+        sending = asyncio.ensure_future(send())
+        hearing = asyncio.ensure_future(hear())
+        await program.upgrade()
+        upgraded.set()
+        assert await hearing > 200
+
+
+@run_upgrades
+async def test_a_registration_that_waits_for_a_takeover_is_kept(tmp_path):
+    # Longer than an upgrade takes, so that it falls into one.
+    slow = ('TAKEOVER_TIMEOUT = 0.5', 'TAKEOVER_TIMEOUT = 20')
+    async with upgradable(tmp_path, edits=[slow]) as program, wired(program) as old:
+        await old.register()
+        async with wired(program) as new:
+            new.send(said(json.dumps(old.peer.registration())))
+            assert (await old.frame())[0] == CLOSE  # which it does not answer
+            await program.upgrade('9.0.0')
+            assert await new.hear() == old.peer.response()
+            async with registered(program, uuid4()) as peer:
+                await peer.say(offer := peer.offer(old.peer.uuid))
+                assert await new.hear() == offer
+
+
+@run_upgrades
+async def test_the_time_to_register_goes_on(tmp_path):
+    limit = ('REGISTER_TIMEOUT = 30', 'REGISTER_TIMEOUT = 3')
+    async with upgradable(tmp_path, edits=[limit]) as program:
+        began = time.monotonic()
+        async with wired(program) as late, wired(program) as early:
+            await program.upgrade()
+            took = time.monotonic() - began
+            if took < 2.5:
+                await early.register()
+            assert await late.frame() == (CLOSE, code_of(1008, b'not registered within 3 s'))
+            # Not before its time, and before a new term would have passed.
+            assert 2.9 < time.monotonic() - began < took + 3
+
+
+@run_upgrades
+async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_path):
+    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+        async with wired(program, narrow=True) as slow:
+            await slow.register()
+            slow.stall()
+            for number in range(25):
+                description = f'{number} ' + chr(97 + number) * 40_000
+                await sender.say(sender.offer(slow.peer.uuid, description=description))
+            await sender.ask(sender.offer(A))  # so these have been dealt with
+            assert (await program.samples())['relay_buffered_bytes'] > 500_000
+            assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
+            assert (await program.samples())['relay_buffered_bytes'] > 500_000
+            await sender.say(sender.offer(slow.peer.uuid, description='25 '))
+            slow.writer.transport.resume_reading()
+            for number in range(26):
+                description = (await slow.hear())['description']
+                assert description.startswith(f'{number} ')
+                assert set(description.split()[-1]) <= {chr(97 + number), '2', '5'}
+
+
+@pytest.mark.parametrize('code', [1001, 1002, 1009])
+@run_upgrades
+async def test_a_closing_client_that_does_not_read_gets_its_messages_and_its_code(tmp_path, code):
+    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+        async with wired(program, narrow=True) as slow, contextlib.AsyncExitStack() as stack:
+            await slow.register()
+            slow.stall()
+            offer = sender.offer(slow.peer.uuid, description='x' * 40_000)
+            for _ in range(20):
+                await sender.say(offer)
+            await sender.ask(sender.offer(A))
+            if code == 1001:
+                await stack.enter_async_context(registered(program, slow.peer.uuid))
+            elif code == 1002:
+                slow.send(frame_of(3))
+            else:
+                slow.send(frame_of(TEXT, length=2**21))
+            await until_read(program)
+            await program.upgrade()
+            slow.writer.transport.resume_reading()
+            frames, received = await slow.end()
+            assert [json.loads(data) for _, data in frames] == [offer] * 20
+            assert received == code
+
+
+@run_upgrades
+async def test_a_client_that_closes_after_the_upgrade_is_answered_as_before(tmp_path):
+    async with upgradable(tmp_path) as program, wired(program) as displaced:
+        await displaced.register()
+        async with registered(program, displaced.peer.uuid) as peer:
+            await program.upgrade()
+            assert (await displaced.frame())[0] == CLOSE
+            displaced.send(said('ignored'), frame_of(CLOSE, code_of(1001)))
+            assert await displaced.frame() is None
+            displaced.finish()
+            while (await program.samples())['relay_open_connections'] > 1:
+                pass
+            await exchange(peer, peer)
+
+
+@on_linux
+@run_upgrades
+async def test_what_clients_have_not_read_is_in_memory_once(tmp_path):
+    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+        async with contextlib.AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            for _ in range(24):
+                slow = await (await enter(wired(program, narrow=True))).register()
+                slow.stall()
+                for _ in range(4):
+                    await sender.say(sender.offer(slow.peer.uuid, description='x' * 250_000))
+            await sender.ask(sender.offer(A))
+            held = (await program.samples())['relay_buffered_bytes']
+            await program.upgrade()
+            assert (await program.samples())['relay_buffered_bytes'] > 2**24
+            status = Path(f'/proc/{program.process.pid}/status').read_text()
+            now, peak = (int(re.search(rf'{k}:\s+(\d+)', status)[1]) for k in ('VmRSS', 'VmHWM'))
+            assert (peak - now) * 1024 < held / 2
+
+
+@run_upgrades
+async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
+    async with upgradable(tmp_path) as program, registered(program, A) as peer:
+        async with program.gap():
+            newcomer = asyncio.ensure_future(open_websocket(program.url))
+            reader, writer = await asyncio.open_connection('127.0.0.1', program.ports[0])
+            hasty = Wire(reader, writer)
+            hasty.send(HANDSHAKE, said(json.dumps(hasty.peer.registration())))
+        async with await newcomer as websocket:
+            other = Peer(websocket, B)
+            assert await other.ask(other.registration()) == other.response()
+            await exchange(peer, other)
+        while not (await reader.readline()).isspace():
+            pass
+        assert await hasty.hear() == hasty.peer.response()
+        writer.close()
+
+
+@run_upgrades
+async def test_what_clients_do_during_the_upgrade_is_dealt_with_after_it(tmp_path):
+    async with upgradable(tmp_path) as program, pair_of(program) as (one, other):
+        async with contextlib.AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            wires = [await (await enter(wired(program))).register() for _ in range(3)]
+            ended, reset, closing = wires
+            async with program.gap():
+                await one.say(offer := one.offer(other.uuid))
+                ended.finish()
+                reset.reset()
+                closing.send(frame_of(CLOSE, code_of(1000)))
+            assert await other.hear() == offer
+            assert (await closing.end())[1] == 1000
+            closing.finish()
+            for wire in wires:
+                await program.logs(f'Unregistered {wire.peer.uuid}')
+            assert (await program.samples())['relay_connected_clients'] == 2
+        await exchange(one, other)
+
+
+@run_upgrades
+async def test_those_who_join_and_leave_before_the_upgrade_are_not_counted_as_closed(tmp_path):
+    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+        async with registered(program, A), program.gap(TRYING):
+            peers = [await stack.enter_async_context(registered(program, uuid4())) for _ in '123']
+        assert program.lines('Upgraded ')[0].endswith(': 4 clients kept, 0 closed')
+        await program.logs(f'Unregistered {A}')
+        async with pair_of(program), registered(program, A) as leaving:
+            (tmp_path / 'go').unlink()
+            (tmp_path / 'waiting').unlink()
+            async with program.gap(TRYING):
+                await leaving.websocket.close()
+        assert program.lines('Upgraded ')[1].endswith(': 5 clients kept, 0 closed')
+        await exchange(*peers[:2])
+
+
+@on_linux
+@pytest.mark.parametrize('host', ['', '::1', 'localhost'])
+@run_upgrades
+async def test_the_listening_sockets_are_the_same(tmp_path, host):
+    if host == '::1' and not Path('/proc/net/if_inet6').read_text():
+        pytest.skip('no IPv6 here')
+    async with upgradable(tmp_path, host=host) as program:
+        sockets = program.listening()
+        assert len(sockets) == len(program.ports) + 1
+        await program.upgrade()
+        assert program.listening() == sockets
+        addresses = [line.split()[-1] for line in program.lines('Serving relay server on ')]
+        for address in addresses[: len(program.ports)]:
+            where = address.replace('0.0.0.0', '127.0.0.1').replace('[::]', '[::1]')
+            async with registered(SimpleNamespace(url=f'ws://{where}'), uuid4()) as peer:
+                await exchange(peer, peer)
+
+
+@run_upgrades
+async def test_what_is_measured_goes_on(tmp_path):
+    async with upgradable(tmp_path, '--rate', '0') as program, pair_of(program) as pair:
+        for _ in range(20):
+            await exchange(*pair)
+        await pair[0].ask('nope')
+        async with registered(program, pair[0].uuid):
+            await pair[0].closed_with()
+            before = await program.samples()
+            await program.upgrade('7.8.9')
+            after = await program.samples()
+    names = [name for name in before if name.endswith('_total') or '_total{' in name]
+    names.remove('process_cpu_seconds_total')
+    names += ['process_start_time_seconds', 'process_max_fds', 'relay_connected_clients']
+    assert {name: after[name] for name in names} == {name: before[name] for name in names}
+    assert after['relay_uptime_seconds'] > before['relay_uptime_seconds']
+    assert after['relay_forwarded_messages_total'] == 40
+    info = [name for name in after if name.startswith('relay_build_info')]
+    assert len(info) == 1 and 'version="7.8.9"' in info[0]
+
+
+@run_upgrades
+async def test_a_log_file_goes_on(tmp_path):
+    async with upgradable(tmp_path, '--log-dir', 'logs') as program, registered(program, A):
+        await program.upgrade()
+        async with registered(program, B):
+            pass
+        await program.logs(f'Unregistered {B}')
+        assert (tmp_path / 'logs/server.log').read_text() == program.log.read_text()
+
+
+@run_upgrades
+async def test_clients_over_tls_are_closed_with_1012_and_may_come_again(tmp_path, pem):
+    options = '--certfile', str(pem / 'cert.pem'), '--keyfile', str(pem / 'cert.key')
+    tls = {'ssl': trusting(pem)}
+    async with upgradable(tmp_path, *options) as program:
+        async with registered(program, A, **tls) as peer, connected(program, **tls) as other:
+            before = await program.samples()
+            line = await program.upgrade()
+            assert line.endswith(': 0 clients kept, 2 closed')
+            assert await peer.closed_with() == await other.closed_with() == 1012
+        after = await program.samples()
+        name = 'relay_certificate_expiry_timestamp_seconds'
+        assert after[name] == before[name]
+        async with registered(program, A, **tls) as peer:
+            await exchange(peer, peer)
+
+
+# What is wrong with a new version, by name: a change to relay.py, and what the log says of it.
+WRONG = {
+    'syntax': (('import argparse\n', 'import argparse import\n'), 'SyntaxError'),
+    'a package': (('import argparse\n', 'import argparse, no_such_package\n'), 'no_such_package'),
+    'an option': (("    add('--rate'", "    add('--pace'"), '--rate'),
+    'an exception': (
+        ('import argparse\n', "raise ValueError('in vain')\n"),
+        'ValueError: in vain',
+    ),
+    'its words': (('import argparse\n', "raise SystemExit('\\x1b[2J' + 'x' * 9999)\n"), 'xxx'),
+    'no words': (('import argparse\n', 'raise SystemExit(3)\n'), 'status 3'),
+    'its death': (('import argparse\n', 'import os; os.abort()\n'), 'status -6'),
+}
+
+
+async def is_refused(program, pair):
+    """See that the program tells in a line why it does not upgrade, and that it goes on."""
+    count = len(program.log.read_text().splitlines())
+    line = await program.signal(signal.SIGUSR2, 'Upgrade failed')
+    assert line.startswith('Upgrade failed, the running version goes on: ')
+    assert line.isprintable() and len(line) < 700
+    await exchange(*pair)
+    lines = program.log.read_text().splitlines()[count:]
+    assert len(lines) == 1 and ' ERROR ' in lines[0], lines
+    version = f'version="{relay.__version__}"'
+    assert any(version in name for name in await program.samples())
+    return line
+
+
+@pytest.mark.parametrize('edit, reason', WRONG.values(), ids=WRONG)
+@run_upgrades
+async def test_a_version_that_does_not_start_changes_nothing(tmp_path, edit, reason):
+    async with upgradable(tmp_path, '--rate', '9') as program, pair_of(program) as pair:
+        program.install('9.0.0', edit)
+        assert reason in await is_refused(program, pair)
+        assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
+
+
+@on_linux
+@run_upgrades
+async def test_a_state_that_cannot_be_read_is_one_line_and_the_relay_starts_empty(tmp_path):
+    number = re.search(r'(?m)^STATE_VERSION = (\d+)$', (HERE / 'relay.py').read_text())[1]
+    edit = f'STATE_VERSION = {number}\n', 'STATE_VERSION = 99\n'
+    with port_to_come() as port:
+        async with upgradable(tmp_path, '--port', str(port)) as program:
+            async with pair_of(program) as pair, wired(program) as wire:
+                await wire.register()
+                program.install('9.0.0', edit)
+                line = await program.signal(signal.SIGUSR2, ' ERROR ')
+                assert line.startswith(
+                    'Upgraded without the clients, their state cannot be read: '
+                )
+                await program.logs('Serving relay server on ', 2)
+                for peer in pair:
+                    await peer.close_frame()
+                assert (await wire.end())[1] in (None, 1012)
+            assert len(program.lines(' ERROR ')) == 1
+            await program.logs('No --token-file', 2)
+            async with registered(program, A) as peer:
+                await exchange(peer, peer)
+            assert len(program.listening()) == 2
+
+
+@run_upgrades
+async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
+    broken = (
+        'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n',
+        'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n'
+        "    if saved['name'] == 'broken':\n"
+        "        del saved['address']\n",
+    )
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        async with registered(program, A, 'broken') as peer:
+            line = await program.upgrade('9.0.0', broken)
+            assert line.endswith(': 2 clients kept, 1 closed')
+            await peer.close_frame()
+        assert len(program.lines(' ERROR ')) == 1
+        await exchange(*pair)
+        assert (await program.samples())['relay_connected_clients'] == 2
+
+
+@run_upgrades
+async def test_a_file_that_is_missing_changes_nothing(tmp_path):
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        (tmp_path / 'relay.py').unlink()
+        assert 'relay.py' in await is_refused(program, pair)
+
+
+@run_upgrades
+async def test_a_token_file_that_is_wrong_changes_nothing(tmp_path, tokens):
+    async with upgradable(tmp_path, '--token-file', tokens) as program:
+        async with pair_of(program, **bearer('a1')) as pair:
+            right = Path(tokens).read_text()
+            Path(tokens).write_text('nonsense\n')
+            assert 'not in the form user:token' in await is_refused(program, pair)
+            Path(tokens).write_text(right)
+            await program.upgrade()
+            await exchange(*pair)
+
+
+@run_upgrades
+async def test_users_are_kept_apart_after_the_upgrade(tmp_path, tokens):
+    async with upgradable(tmp_path, '--token-file', tokens) as program:
+        async with registered(program, A, **bearer('a1')) as alice:
+            async with registered(program, A, **bearer('b1')) as bob:
+                await program.upgrade()
+                await exchange(alice, alice)
+                await exchange(bob, bob)
+                assert (await alice.ask(alice.offer(B)))['error'] == unknown(B)
+
+
+@run_upgrades
+async def test_a_token_that_was_removed_before_the_upgrade_closes_its_clients(tmp_path, tokens):
+    async with upgradable(tmp_path, '--token-file', tokens) as program:
+        async with pair_of(program, **bearer('a1')) as pair:
+            async with registered(program, B, **bearer('b1')) as bob:
+                Path(tokens).write_text('alice:a1\n')
+                await program.upgrade()
+                assert await bob.closed_with() == 1008
+                await exchange(*pair)
+
+
+@on_linux
+@run_upgrades
+async def test_upgrades_leave_nothing_behind(tmp_path):
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        seen = []
+        for number in range(UPGRADES):
+            async with registered(program, uuid4()) as leaving:
+                await exchange(pair[0], leaving)
+                await program.upgrade(f'9.{number}')
+            await program.logs(f'Unregistered {leaving.uuid}')
+            memory = (await program.samples())['process_resident_memory_bytes']
+            kinds = [re.sub(r'\d+', '', name) for name in program.descriptors().values()]
+            seen.append((memory, sorted(kinds)))
+        assert [files for _, files in seen] == [seen[0][1]] * UPGRADES
+        assert abs(seen[-1][0] - seen[1][0]) < 2**21, [memory for memory, _ in seen]
+        await exchange(*pair)
+
+
+@pytest.mark.parametrize('signals', ['UU', 'UUUUU', 'UH', 'HU', 'HUHUH'])
+@run_upgrades
+async def test_signals_upon_signals_do_no_harm(tmp_path, signals):
+    numbers = {'U': signal.SIGUSR2, 'H': signal.SIGHUP}
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        async with talking(pair):
+            program.install('9.0.0')
+            for letter in signals:
+                program.process.send_signal(numbers[letter])
+            await program.logs('Upgraded ')
+        assert not program.lines('ERROR')
+        await program.upgrade('9.1.0')
+        await exchange(*pair)
+
+
+@pytest.mark.parametrize('number', [signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM], ids=str)
+@run_upgrades
+async def test_a_signal_during_the_upgrade_does_not_kill(tmp_path, number):
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        async with program.gap():
+            program.process.send_signal(number)
+        if number == signal.SIGTERM:
+            assert await pair[0].closed_with() == 1001
+            await pair[1].closed_with()
+            assert program.process.wait(20) == 0
+        else:
+            await exchange(*pair)
+
+
+@pytest.mark.parametrize('stop', [signal.SIGTERM, signal.SIGINT], ids=str)
+@run_upgrades
+async def test_a_stop_wins_over_an_upgrade(tmp_path, stop):
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        # The new version takes its time to start.
+        program.install(
+            '9.0.0', ('import argparse\n', 'import time; time.sleep(9)\nimport argparse\n')
+        )
+        program.process.send_signal(signal.SIGUSR2)
+        program.process.send_signal(stop)
+        program.process.send_signal(signal.SIGUSR2)
+        assert [await peer.closed_with() for peer in pair] == [1001, 1001]
+        await until(lambda: program.process.poll() is not None)
+        assert program.process.returncode == 0
+        assert program.lines('')[-1] == 'Server closed'
+        assert not program.lines('ERROR')
+
+
+@run_upgrades
+async def test_an_upgrade_without_clients_is_one(tmp_path):
+    async with upgradable(tmp_path) as program:
+        assert (await program.upgrade()).endswith(': 0 clients kept, 0 closed')
+        async with registered(program, A) as peer:
+            await exchange(peer, peer)
+
+
+def test_a_relay_that_is_about_to_serve_is_not_killed_by_the_signal(tmp_path):
+    os.mkfifo(tmp_path / 'tokens', 0o600)
+    options = '--host', '127.0.0.1', '--port', '0', '--token-file', tmp_path / 'tokens'
+    command = [sys.executable, HERE / 'relay.py', *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with ended_in_time(process):
+            with open(tmp_path / 'tokens', 'w') as file:  # it reads this before it serves
+                process.send_signal(signal.SIGUSR2)
+                file.write('alice:a1\n')
+            assert 'Serving relay server' in process.stdout.readline()
+            process.terminate()
+            assert process.stdout.read().endswith('Server closed\n')
+
+
+@run_upgrades
+async def test_systemd_hears_that_all_is_well(tmp_path, systemd, monkeypatch):
+    monkeypatch.setenv('WATCHDOG_USEC', '400000')
+    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+        for _ in range(3):
+            await exchange(*pair)
+        await program.upgrade()
+        told = []
+        systemd.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                told.append(systemd.recv(4096).decode())
+        assert not [text for text in told if 'STOPPING' in text]
+        systemd.settimeout(8)
+        status = heard(systemd, 'STATUS=')
+        assert 'STATUS=2 clients, 6 messages forwarded, up 0:' in status
 
 
 # ------------------------------------------------------------------------------- Check
@@ -5662,6 +6425,121 @@ def test_relays_recover_from_random_faults(relays):
 def test_each_message_has_one_outcome_during_takeovers():
     figures = asyncio.run(check_relays(1, 2, relays=3, servers=3, faults=False))
     assert figures['messages'] > 100 and figures['takeovers']
+
+
+@on_linux
+@over_nats
+@run_upgrades
+async def test_a_shared_port_stays_shared(tmp_path, bus):
+    folders = tmp_path / '1', tmp_path / '2'
+    for folder in folders:
+        folder.mkdir()
+    async with upgradable(folders[0], '--nats', bus) as one:
+        # The last --port holds.
+        options = '--nats', bus, '--port', str(one.ports[0])
+        async with upgradable(folders[1], *options) as other:
+            assert one.ports == other.ports
+            sockets = one.listening(), other.listening()
+            await one.upgrade()
+            await other.upgrade()
+            assert (one.listening(), other.listening()) == sockets
+            for _ in range(20):
+                async with registered(one, uuid4()) as peer:
+                    await exchange(peer, peer)
+
+
+@over_nats
+@run_upgrades
+async def test_a_message_over_nats_has_one_outcome_during_an_upgrade(tmp_path, bus):
+    async with upgradable(tmp_path, '--nats', bus, '--rate', '0') as program:
+        await program.logs('NATS is connected')
+        async with joined_relay(bus) as server:
+            async with registered(server, A) as far, registered(program, B) as near:
+                outcomes = Outcomes(far, near)
+                async with outcomes.counted():
+                    for version in ('9.0.0', '9.1.0'):
+                        await program.upgrade(version)
+                assert sorted(outcomes.arrived + outcomes.returned) == sorted(outcomes.sent)
+                assert outcomes.errors <= {DISCONNECTED.partition('because ')[2]}
+                await exchange(far, near)
+
+
+class Outcomes:
+    """What becomes of the messages that two clients send each other."""
+
+    def __init__(self, *pair):
+        self.pair = pair
+        self.sent, self.arrived, self.returned, self.errors = [], [], [], set()
+        self.windows = {peer: asyncio.Semaphore(8) for peer in pair}
+        self.stop = asyncio.Event()
+
+    async def send(self, peer, other):
+        while True:
+            await self.windows[peer].acquire()
+            if self.stop.is_set():
+                return
+            self.sent.append(f'{peer.uuid} {len(self.sent)}')
+            await peer.say(peer.offer(other.uuid, description=self.sent[-1]))
+
+    async def hear(self, peer, other):
+        while True:
+            message = await peer.hear()
+            if message['error'] is None:
+                self.arrived.append(message['description'])
+                self.windows[other].release()
+            else:
+                self.returned.append(message['description'])
+                self.errors.add(message['error'].partition('because ')[2])
+                self.windows[peer].release()
+
+    @contextlib.asynccontextmanager
+    async def counted(self):
+        """Have the two send messages meanwhile, and wait for what becomes of each."""
+        ways = self.pair, self.pair[::-1]
+        hearing = [asyncio.ensure_future(self.hear(*way)) for way in ways]
+        sending = [asyncio.ensure_future(self.send(*way)) for way in ways]
+        try:
+            yield
+            self.stop.set()
+            await until(lambda: len(self.arrived) + len(self.returned) >= len(self.sent))
+            # Something that comes late would come before the answer to a ping.
+            for peer in self.pair:
+                await dealt_with(peer)
+        finally:
+            for task in hearing + sending:
+                task.cancel()
+
+
+@over_nats
+@run_upgrades
+async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(tmp_path, bus):
+    async with upgradable(tmp_path, '--nats', bus) as program:
+        await program.logs('NATS is connected')
+        async with joined_relay(bus) as server, registered(server, B) as peer:
+            async with registered(program, A) as old:
+                async with program.gap():
+                    new = await open_websocket(server.url)
+                    new = Peer(new, A)
+                    assert await new.ask(new.registration()) == new.response()
+                assert await old.closed_with() == 1001
+                await exchange(peer, new)
+                await new.websocket.close()
+
+
+@over_nats
+@run_upgrades
+async def test_a_client_keeps_its_uuid_over_upgrades_of_both_relays(tmp_path, bus):
+    folders = tmp_path / '1', tmp_path / '2'
+    for folder in folders:
+        folder.mkdir()
+    async with upgradable(folders[0], '--nats', bus) as one:
+        async with upgradable(folders[1], '--nats', bus) as other:
+            await one.logs('NATS is connected')
+            await other.logs('NATS is connected')
+            async with registered(one, A) as first, registered(other, B) as second:
+                for program in (one, other, one):
+                    await program.upgrade()
+                    await meet(first, second)
 
 
 # ------------------------------------------------------------------------------- Files
