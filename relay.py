@@ -793,8 +793,8 @@ class RelayServer:
         self._takeovers[client.user, client.uuid] += 1
         if self._takeovers[client.user, client.uuid] == FIGHT:
             logger.warning(
-                '%s is registered again and again, by %s and %s; two endpoints probably share one '
-                'configuration: give one of them a new UUID',
+                'UUID %s is registered again and again by %s and %s; two endpoints probably share '
+                'one configuration: give one of them a new UUID',
                 *(client.uuid, client.address, by),
             )
         code = 4004 if client.response_type == 'relay_response' else 1001
@@ -2427,21 +2427,8 @@ async def serve(
         return
     listeners: list[Listener] = []
     stop = _handle_signals(relay, listeners, tls, certfile, keyfile)
-    handover = Handover.receive()
-    inherited: list[list[int]] = [*(handover.sockets if handover else []), [], []]
     # Several relays of one machine can share a port if NATS links them.
-    await relay.listener.listen(host, port, reuse_port=bool(nats), inherited=inherited[0])
-    listeners.append(relay.listener)
-    if handover is None:
-        _log_addresses('Serving relay server', relay.listener)
-    if metrics_port is not None:
-        own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
-        listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
-        _log_addresses('Serving metrics', own)
-    if handover is not None:
-        handover.restore(relay, relay.listener)
-    elif relay.tokens is None:
-        logger.warning('No --token-file: anyone who can reach this relay can use it')
+    await _listen(relay.listener, listeners, host, port, bool(nats), metrics_port)
     if 'NOTIFY_SOCKET' in os.environ:
         beat(relay)
     notify('READY=1')
@@ -2450,6 +2437,31 @@ async def serve(
     if relay.backplane is not None:
         await relay.backplane.close()
     await _stop(listeners)
+
+
+async def _listen(
+    clients: Listener,
+    listeners: list[Listener],
+    host: str,
+    port: int,
+    reuse_port: bool,
+    metrics_port: int | None,
+) -> None:
+    """Listen for clients and for Prometheus, or continue what an upgrade has handed over."""
+    relay, handover = clients.relay, Handover.receive()
+    inherited: list[list[int]] = [*(handover.sockets if handover else []), [], []]
+    await clients.listen(host, port, reuse_port=reuse_port, inherited=inherited[0])
+    listeners.append(clients)
+    if handover is None:
+        _log_addresses('Serving relay server', clients)
+    if metrics_port is not None:
+        own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
+        listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
+        _log_addresses('Serving metrics', own)
+    if handover is not None:
+        handover.restore(relay, clients)
+    elif relay.tokens is None:
+        logger.warning('No --token-file: anyone who can reach this relay can use it')
 
 
 def _log_addresses(what: str, listener: Listener) -> None:
