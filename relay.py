@@ -2433,10 +2433,7 @@ async def serve(
         beat(relay)
     notify('READY=1')
     await stop.wait()
-    notify('STOPPING=1')
-    if relay.backplane is not None:
-        await relay.backplane.close()
-    await _stop(listeners)
+    await _stop(relay, listeners)
 
 
 async def _listen(
@@ -2488,7 +2485,10 @@ def _handle_signals(
     return stop
 
 
-async def _stop(listeners: list[Listener]) -> None:
+async def _stop(relay: RelayServer, listeners: list[Listener]) -> None:
+    notify('STOPPING=1')
+    if relay.backplane is not None:
+        await relay.backplane.close()
     for listener in listeners:
         listener.close()
     closed = [asyncio.ensure_future(listener.closed.wait()) for listener in listeners]

@@ -6544,13 +6544,21 @@ async def test_a_client_keeps_its_uuid_over_upgrades_of_both_relays(tmp_path, bu
 
 
 def functions(source):
-    """Return the lines of each function, without its docstring, by its name."""
+    """Return the lines of each function, without its docstring, by its qualified name."""
     sizes = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0]
-            doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
-            sizes[node.name] = node.end_lineno - node.lineno + 1 - doc
+
+    def visit(node, path):
+        for child in ast.iter_child_nodes(node):
+            name = path
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                name = f'{path}.{child.name}'
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = child.body[0]
+                doc = first.end_lineno - first.lineno + 1 if ast.get_docstring(child) else 0
+                sizes[name] = child.end_lineno - child.lineno + 1 - doc
+            visit(child, name)
+
+    visit(ast.parse(source), '')
     return sizes
 
 
@@ -6559,7 +6567,7 @@ def test_relay_py_stays_short_enough_to_be_read_before_it_is_run():
     sizes = functions(source)
     assert source.count('\n') <= 2760
     assert statistics.median(sizes.values()) <= 10
-    assert max(size for name, size in sizes.items() if name != '_parser') <= 30
+    assert max(size for name, size in sizes.items() if name != '._parser') <= 30
 
 
 def test_the_inline_metadata_asks_for_what_requirements_txt_asks_for():
