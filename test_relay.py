@@ -304,7 +304,7 @@ def test_a_message_is_decoded_as_it_was_encoded(message):
 
 
 @malformed
-def test_what_is_not_a_message_is_refused_with_its_reason(text, reason):
+def test_an_invalid_message_is_refused_with_its_reason(text, reason):
     with pytest.raises(MessageDecodeError) as caught:
         decode(text)
     assert reason in str(caught.value)
@@ -336,7 +336,7 @@ def test_a_long_number_is_found_anywhere_in_a_long_text(number, offset):
         decode(text[:place] + ' ' * offset + ',' + number + text[place:])
 
 
-def test_a_response_may_leave_out_what_has_a_default():
+def test_a_response_may_omit_keys_with_a_default():
     assert decode('{"message_type": "server_response"}') == ServerResponse()
 
 
@@ -370,7 +370,7 @@ def test_a_mutated_message_is_decoded_or_refused_and_nothing_else():
     ],
     ids=repr,
 )
-def test_what_cannot_be_encoded_is_an_encode_error(thing):
+def test_an_object_that_is_not_a_message_is_an_encode_error(thing):
     with pytest.raises(MessageEncodeError):
         encode(thing)
 
@@ -475,7 +475,7 @@ async def test_the_last_of_three_clients_to_register_a_uuid_holds_it(generation,
 
 @both_ways
 @run_async
-async def test_of_those_that_race_for_a_uuid_one_wins_and_is_reachable():
+async def test_one_client_wins_a_race_for_a_uuid_and_is_reachable():
     async with running_relay() as server, registered(server, B) as peer:
         async with contextlib.AsyncExitStack() as stack:
             racers = [
@@ -509,7 +509,7 @@ async def test_a_displaced_client_does_not_displace_in_turn():
 
 @both_ways
 @run_async
-async def test_the_registration_of_the_next_survives_the_end_of_the_last():
+async def test_a_new_registration_survives_the_close_of_the_old_connection():
     async with running_relay() as server, registered(server, B) as peer:
         async with registered(server, A) as old, registered(server, A) as new:
             await old.closed_with()
@@ -529,7 +529,7 @@ async def test_a_message_before_registration_is_refused():
 @pytest.mark.parametrize('one', GENERATIONS)
 @pytest.mark.parametrize('other', GENERATIONS)
 @run_async
-async def test_peers_of_every_generation_meet(one, other):
+async def test_peers_of_every_generation_exchange_messages(one, other):
     async with running_relay() as server, registered(server, A, generation=one) as first:
         async with registered(server, B, generation=other) as second:
             await exchange(first, second)
@@ -574,14 +574,14 @@ async def test_a_client_may_send_to_itself():
 @both_ways
 @both_generations
 @run_async
-async def test_a_message_to_nobody_comes_back(generation):
+async def test_a_message_to_an_unknown_peer_is_returned(generation):
     async with running_relay() as server, registered(server, A, generation=generation) as peer:
         assert await peer.ask(peer.offer(B)) == peer.offer(B, error=unknown(B))
 
 
 @both_ways
 @run_async
-async def test_a_peer_that_has_left_is_unknown():
+async def test_a_peer_is_unknown_after_it_has_disconnected():
     async with running_relay() as server, registered(server, A) as peer:
         async with registered(server, B):
             pass
@@ -590,7 +590,7 @@ async def test_a_peer_that_has_left_is_unknown():
 
 @both_ways
 @run_async
-async def test_a_forged_source_comes_back_and_is_not_delivered():
+async def test_a_message_with_a_forged_source_is_returned_and_not_delivered():
     async with (
         running_relay() as server,
         registered(server, A) as one,
@@ -606,7 +606,7 @@ async def test_a_forged_source_comes_back_and_is_not_delivered():
 
 @both_ways
 @run_async
-async def test_a_message_that_cannot_come_back_whole_comes_back_without_its_text():
+async def test_a_message_too_long_to_return_is_returned_without_its_text():
     async with running_relay() as server, registered(server, A) as peer:
         message = peer.offer(B, description='\u00e9' * (2**19 - 200))
         assert await peer.ask(json.dumps(message, ensure_ascii=False)) == peer.offer(
@@ -621,7 +621,7 @@ async def test_a_message_that_cannot_come_back_whole_comes_back_without_its_text
 @both_ways
 @pytest.mark.parametrize('letter', ['x', '\U0001f600'])
 @run_async
-async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded(letter):
+async def test_a_peer_that_does_not_read_delays_no_other_client(letter):
     async with (
         running_relay() as server,
         registered(server, A) as sender,
@@ -638,7 +638,7 @@ async def test_a_peer_that_does_not_read_delays_nobody_and_is_bounded(letter):
 
 @both_ways
 @run_async
-async def test_a_peer_that_reads_again_gets_what_was_taken_and_what_comes():
+async def test_a_peer_that_reads_again_receives_its_backlog_and_new_messages():
     async with (
         running_relay() as server,
         registered(server, A) as sender,
@@ -656,7 +656,7 @@ async def test_a_peer_that_reads_again_gets_what_was_taken_and_what_comes():
 
 @both_ways
 @run_async
-async def test_a_message_longer_than_the_backlog_is_taken_when_nothing_waits(monkeypatch):
+async def test_a_message_longer_than_the_backlog_is_accepted_if_the_backlog_is_empty(monkeypatch):
     monkeypatch.setattr(relay, 'MAX_BACKLOG', 10)
     async with (
         running_relay() as server,
@@ -669,7 +669,7 @@ async def test_a_message_longer_than_the_backlog_is_taken_when_nothing_waits(mon
 @both_ways
 @malformed
 @run_async
-async def test_what_is_not_a_message_ends_neither_connection_nor_registration(text, reason):
+async def test_an_invalid_message_closes_neither_connection_nor_registration(text, reason):
     async with (
         running_relay() as server,
         registered(server, A) as one,
@@ -710,7 +710,7 @@ async def test_a_frame_over_the_limit_closes_its_connection_with_1009():
 
 @both_ways
 @run_async
-async def test_a_new_client_hears_the_answer_first_and_each_message_has_one_verdict():
+async def test_a_new_client_receives_its_response_first():
     async with running_relay() as server, registered(server, A) as sender:
         for _ in range(50):
             async with connected(server) as peer:
@@ -790,7 +790,7 @@ async def send_a_reserved_opcode(peer):
     ],
 )
 @run_async
-async def test_whatever_ends_a_connection_ends_its_registration(leave, caplog):
+async def test_a_registration_ends_with_its_connection(leave, caplog):
     with logged(caplog) as lines:
         async with running_relay() as server, registered(server, B) as peer:
             async with registered(server, A) as gone:
@@ -803,7 +803,7 @@ async def test_whatever_ends_a_connection_ends_its_registration(leave, caplog):
 
 
 @run_async
-async def test_a_defect_is_logged_and_ends_only_its_own_connection(caplog, monkeypatch):
+async def test_an_internal_error_is_logged_and_closes_only_its_own_connection(caplog, monkeypatch):
     def broken(_):
         raise ZeroDivisionError
 
@@ -914,7 +914,7 @@ async def test_connect_forwards_a_message_that_came_without_a_text():
 
 
 @run_async
-async def test_the_log_tells_who_came_and_left_and_why(caplog):
+async def test_the_log_says_who_connected_and_disconnected_and_why(caplog):
     with logged(caplog, 'INFO') as lines:
         async with running_relay() as server:
             async with registered(server, A) as peer:
@@ -954,7 +954,7 @@ async def test_repeated_refusals_are_counted_and_not_each_logged(caplog, monkeyp
     ids=range(6),
 )
 @run_async
-async def test_what_a_client_chose_is_escaped_and_shortened_in_the_log(name, caplog):
+async def test_text_of_a_client_is_escaped_and_shortened_in_the_log(name, caplog):
     with logged(caplog) as lines:
         async with running_relay() as server, registered(server, A, name) as peer:
             await peer.ask(peer.offer(B, description_type=name))
@@ -1088,7 +1088,7 @@ def fails(*options, status=1, program=relay):
     ids=str,
 )
 @run_async
-async def test_a_signal_closes_the_clients_and_ends_the_program(signals):
+async def test_a_signal_closes_the_clients_and_stops_the_relay(signals):
     with running_program('--host', '127.0.0.1') as process:
         async with registered(process, A) as peer:
             for number in signals:
@@ -1121,7 +1121,7 @@ async def test_a_client_that_neither_reads_nor_closes_does_not_hold_up_the_end(
 
 
 @run_async
-async def test_an_end_that_does_not_wait_for_clients_is_no_error():
+async def test_stopping_without_waiting_for_clients_is_no_error():
     # The program, but for how long it waits.
     program = """
 import relay
@@ -1323,7 +1323,7 @@ def trusting(pem):
 
 @pytest.mark.parametrize('files', [['cert.pem', 'cert.key'], ['both.pem', None]], ids=str)
 @run_async
-async def test_clients_meet_over_tls(pem, files):
+async def test_clients_exchange_messages_over_tls(pem, files):
     tls = relay.tls_context(*(name and str(pem / name) for name in files))
     async with running_relay(tls) as server, registered(server, A, ssl=trusting(pem)) as one:
         async with registered(server, B, ssl=trusting(pem)) as other:
@@ -1411,7 +1411,7 @@ def within(server, userinfo='', query=''):
     ids=str,
 )
 @run_async
-async def test_a_token_in_a_header_tells_the_user(tokens, options, user):
+async def test_a_token_in_a_header_identifies_the_user(tokens, options, user):
     async with running_relay(tokens=tokens) as server, registered(server, A, **options):
         assert holder(server, A, user)
 
@@ -1425,7 +1425,7 @@ async def test_a_token_in_a_header_tells_the_user(tokens, options, user):
     ],
 )
 @run_async
-async def test_a_token_in_the_url_tells_the_user(tokens, userinfo, query, user):
+async def test_a_token_in_the_url_identifies_the_user(tokens, userinfo, query, user):
     async with running_relay(tokens=tokens) as server:
         async with registered(within(server, userinfo, query), A):
             assert holder(server, A, user)
@@ -1495,7 +1495,7 @@ async def test_to_a_client_only_those_of_its_own_user_exist(tokens):
 
 
 @run_async
-async def test_the_handler_refuses_what_another_server_let_in_without_a_token(tokens):
+async def test_the_handler_refuses_a_client_without_a_token(tokens):
     server = RelayServer(tokens)
     async with websockets.asyncio.server.serve(server.handler, '127.0.0.1', 0) as listener:
         server.url = 'ws://127.0.0.1:%d' % listener.sockets[0].getsockname()[1]
@@ -1594,7 +1594,7 @@ async def reloaded(process):
 
 
 @run_async
-async def test_a_reload_changes_tokens_and_ends_only_who_is_gone(tokens):
+async def test_a_reload_changes_tokens_and_closes_only_revoked_clients(tokens):
     with running_program('--token-file', tokens, '--rate', '0') as process:
         async with (
             registered(process, A, **bearer('a1')) as alice,
@@ -1625,7 +1625,7 @@ async def certificate_of(process, pem):
 
 
 @run_async
-async def test_a_reload_changes_the_certificate_for_newcomers_and_ends_nobody(pem, tmp_path):
+async def test_a_reload_changes_the_certificate_and_disconnects_no_client(pem, tmp_path):
     cert, key = tmp_path / 'cert.pem', tmp_path / 'key.pem'
     shutil.copy(pem / 'cert.pem', cert)
     shutil.copy(pem / 'cert.key', key)
@@ -1644,7 +1644,7 @@ async def test_a_reload_changes_the_certificate_for_newcomers_and_ends_nobody(pe
 
 
 @run_async
-async def test_a_reload_without_files_ends_nobody():
+async def test_a_reload_without_files_disconnects_no_client():
     with running_program('--rate', '0') as process:
         async with registered(process, A) as peer:
             assert 'Reloaded' in await reloaded(process)
@@ -1655,7 +1655,7 @@ async def test_a_reload_without_files_ends_nobody():
 
 
 @run_async
-async def test_a_client_too_many_is_closed_with_1013_and_nobody_else(caplog):
+async def test_one_client_too_many_is_closed_with_1013(caplog):
     with logged(caplog, 'INFO') as lines:
         async with running_relay(max_clients=2) as server, registered(server, A) as one:
             async with connected(server):
@@ -1685,7 +1685,7 @@ async def test_the_longest_message_is_an_option():
 
 
 @run_async
-async def test_a_message_too_long_is_refused_before_it_has_come():
+async def test_a_message_too_long_is_refused_from_its_header():
     async with running_relay() as server, registered(server, A) as peer:
         # A frame of 2 GiB, of which one byte comes.
         peer.websocket.transport.write(b'\x81\xff\0\0\0\0\x80\0\0\0' + b'\0' * 5)
@@ -1795,7 +1795,7 @@ async def test_the_next_message_waits_for_its_time(monkeypatch):
 
 
 @run_async
-async def test_who_does_not_register_in_time_is_closed_with_1008(monkeypatch):
+async def test_a_client_that_does_not_register_in_time_is_closed_with_1008(monkeypatch):
     monkeypatch.setattr(relay, 'REGISTER_TIMEOUT', 0.05)
     async with running_relay() as server, registered(server, A) as one:
         async with connected(server) as late:
@@ -1804,7 +1804,7 @@ async def test_who_does_not_register_in_time_is_closed_with_1008(monkeypatch):
 
 
 @run_async
-async def test_a_half_open_handshake_goes_in_time():
+async def test_a_half_open_handshake_is_dropped_in_time():
     async with running_relay(open_timeout=0.05) as server:
         reader, writer = await asyncio.open_connection('127.0.0.1', port_of(server))
         writer.write(b'GET / HTTP/1.1\r\nUpgrade:')
@@ -1847,7 +1847,7 @@ async def http(server, request):
 
 @pytest.mark.parametrize('with_tokens', [False, True])
 @run_async
-async def test_a_web_browser_is_told_what_this_is(tokens, with_tokens):
+async def test_a_plain_request_is_answered_with_what_this_is(tokens, with_tokens):
     async with running_relay(tokens=tokens if with_tokens else None) as server:
         answer = (await http(server, b'GET / HTTP/1.1\r\nHost: relay\r\n\r\n')).decode()
         assert answer.startswith('HTTP/1.1 426 ') and '\nUpgrade: websocket\r\n' in answer
@@ -1932,7 +1932,7 @@ def refused(kind):
 
 
 @run_async
-async def test_health_is_told_to_whoever_asks(tokens):
+async def test_anyone_can_ask_for_the_health(tokens):
     async with running_relay(tokens=tokens) as server:
         assert await fetch(port_of(server), '/healthz') == (200, 'ok\n')
         status, text = await fetch(port_of(server))
@@ -1940,7 +1940,7 @@ async def test_health_is_told_to_whoever_asks(tokens):
 
 
 @run_async
-async def test_a_relay_that_stops_says_so_to_who_asks_for_its_health():
+async def test_the_health_of_a_stopping_relay_is_503():
     with running_program('--host', '127.0.0.1') as process:
         reader, writer = await asyncio.open_connection('127.0.0.1', process.ports[0])
         async with registered(process, A) as peer:
@@ -1976,7 +1976,7 @@ def test_a_metrics_port_in_use_is_one_line():
     assert done.stderr == f'relay.py: {reason}\n'
 
 
-def test_every_family_of_metrics_has_its_help_and_its_type_once():
+def test_each_family_of_metrics_has_one_help_and_one_type():
     lines = relay.metrics(RelayServer()).splitlines()
     families = [line.split()[2] for line in lines if line.startswith('# HELP ')]
     assert len(families) == len(set(families)) >= 12
@@ -1987,7 +1987,7 @@ def test_every_family_of_metrics_has_its_help_and_its_type_once():
 
 
 @pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not here')
-def test_promtool_has_nothing_to_say_about_the_metrics():
+def test_promtool_accepts_the_metrics():
     server = RelayServer()
     server.certificate_expiry = 1.0
     done = subprocess.run(
@@ -2001,7 +2001,7 @@ def test_promtool_has_nothing_to_say_about_the_metrics():
 
 @pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not here')
 @pytest.mark.parametrize('kind, head', [('config', 'scrape_configs:'), ('rules', 'groups:')])
-def test_prometheus_takes_what_the_readme_shows(kind, head, tmp_path):
+def test_promtool_accepts_the_configuration_in_the_readme(kind, head, tmp_path):
     block = re.search(rf'(?m)^    {head}\n(    .*\n)+', (HERE / 'README.md').read_text())
     (tmp_path / 'file.yml').write_text(re.sub('(?m)^    ', '', block[0]))
     command = ['promtool', 'check', kind, tmp_path / 'file.yml']
@@ -2051,7 +2051,7 @@ async def test_messages_and_their_bytes_are_counted():
 
 
 @run_async
-async def test_messages_that_come_back_are_counted_by_their_reason():
+async def test_returned_messages_are_counted_by_reason():
     async with running_relay() as server, registered(server, A) as one:
         with moves(server, refused('unknown_peer')):
             await one.ask(one.offer(B))
@@ -2130,7 +2130,7 @@ def test_the_process_is_measured_under_the_standard_names():
 
 
 @pytest.mark.parametrize('year', [2027, 2063])
-def test_the_end_of_the_certificate_is_told(year, pem, tmp_path):
+def test_the_expiry_of_the_certificate_is_a_metric(year, pem, tmp_path):
     days = (year - time.gmtime().tm_year) * 365
     subprocess.run(
         ['openssl', 'req', '-x509', '-new', '-key', pem / 'cert.key', '-subj', '/CN=localhost']
@@ -2151,7 +2151,9 @@ def test_the_end_of_the_certificate_is_told(year, pem, tmp_path):
 
 
 @run_async
-async def test_the_end_of_the_certificate_is_told_from_the_start_and_after_a_reload(pem, tmp_path):
+async def test_the_expiry_of_the_certificate_is_known_from_the_start_and_after_a_reload(
+    pem, tmp_path
+):
     cert, key = tmp_path / 'cert.pem', str(pem / 'cert.key')
     cert.write_text((pem / 'cert.pem').read_text())
     name = 'relay_certificate_expiry_timestamp_seconds'
@@ -2171,7 +2173,7 @@ async def test_the_end_of_the_certificate_is_told_from_the_start_and_after_a_rel
     'usec, delay',
     [('30000000', 15), ('1', 0.01), ('', 30), ('-5', 30), ('rubbish', 30), ('9' * 400, 30)],
 )
-def test_the_watchdog_hears_from_the_relay_twice_in_its_period(usec, delay, monkeypatch):
+def test_the_watchdog_is_notified_twice_in_its_period(usec, delay, monkeypatch):
     periods = []
     loop = SimpleNamespace(call_later=lambda delay, *_: periods.append(delay))
     monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(get_running_loop=lambda: loop))
@@ -2198,7 +2200,7 @@ def heard(sock, word):
     return text
 
 
-def test_systemd_is_told_how_the_relay_is(systemd, monkeypatch):
+def test_systemd_is_notified_of_start_status_and_stop(systemd, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '200000')
     with running_program('--host', '127.0.0.1') as process:
         heard(systemd, 'READY=1')
@@ -2218,7 +2220,7 @@ def test_systemd_is_told_how_the_relay_is(systemd, monkeypatch):
         heard(systemd, 'STOPPING=1')
 
 
-def test_systemd_is_told_that_a_reload_that_failed_is_over(systemd, tokens):
+def test_systemd_is_notified_after_a_failed_reload(systemd, tokens):
     with running_program('--token-file', tokens) as process:
         heard(systemd, 'READY=1')
         Path(tokens).write_text('nonsense\n')
@@ -2250,12 +2252,12 @@ async def test_the_status_is_a_line_for_people(seconds, span, monkeypatch):
     assert told[1] == f'STATUS=0 clients, 3,456 messages forwarded, up {span}'
 
 
-def test_the_journal_is_told_the_level_of_each_line_and_no_time():
+def test_lines_for_the_journal_have_a_level_and_no_time():
     record = logging.LogRecord('relay', logging.ERROR, '', 0, 'one\ntwo', (), None)
     assert relay.JournalFormatter('%(message)s').format(record) == '<3>one\n<3>two'
 
 
-def test_the_log_is_in_the_form_of_the_journal_where_it_goes_there(tmp_path):
+def test_the_log_has_the_format_of_the_journal_if_it_goes_there(tmp_path):
     log = tmp_path / 'journal'
     with open(log, 'w') as file:
         stat = os.fstat(file.fileno())
@@ -2503,7 +2505,7 @@ BEGUN = {
 
 
 @run_upgrades
-async def test_what_has_begun_to_come_is_kept(tmp_path):
+async def test_an_upgrade_keeps_incomplete_messages(tmp_path):
     async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
         begun = []
         for make, cut in BEGUN.values():
@@ -2585,7 +2587,7 @@ async def test_a_registration_that_waits_for_a_takeover_is_kept(tmp_path):
 
 
 @run_upgrades
-async def test_the_time_to_register_goes_on(tmp_path):
+async def test_an_upgrade_does_not_restart_the_time_to_register(tmp_path):
     limit = ('REGISTER_TIMEOUT = 30', 'REGISTER_TIMEOUT = 3')
     async with upgradable(tmp_path, edits=[limit]) as program:
         began = time.monotonic()
@@ -2662,7 +2664,7 @@ async def test_a_client_that_closes_after_the_upgrade_is_answered_as_before(tmp_
 
 @on_linux
 @run_upgrades
-async def test_what_clients_have_not_read_is_in_memory_once(tmp_path):
+async def test_an_upgrade_reads_the_state_line_by_line(tmp_path):
     async with upgradable(tmp_path) as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
             enter = stack.enter_async_context
@@ -2699,7 +2701,7 @@ async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
 
 
 @run_upgrades
-async def test_what_clients_do_during_the_upgrade_is_dealt_with_after_it(tmp_path):
+async def test_messages_sent_during_an_upgrade_are_handled_after_it(tmp_path):
     async with upgradable(tmp_path) as program, pair_of(program) as (one, other):
         async with contextlib.AsyncExitStack() as stack:
             enter = stack.enter_async_context
@@ -2720,7 +2722,7 @@ async def test_what_clients_do_during_the_upgrade_is_dealt_with_after_it(tmp_pat
 
 
 @run_upgrades
-async def test_those_who_join_and_leave_before_the_upgrade_are_not_counted_as_closed(tmp_path):
+async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(tmp_path):
     async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
         async with registered(program, A), program.gap(TRYING):
             peers = [await stack.enter_async_context(registered(program, uuid4())) for _ in '123']
@@ -2754,7 +2756,7 @@ async def test_the_listening_sockets_are_the_same(tmp_path, host):
 
 
 @run_upgrades
-async def test_what_is_measured_goes_on(tmp_path):
+async def test_an_upgrade_keeps_the_metrics(tmp_path):
     async with upgradable(tmp_path, '--rate', '0') as program, pair_of(program) as pair:
         for _ in range(20):
             await exchange(*pair)
@@ -2775,7 +2777,7 @@ async def test_what_is_measured_goes_on(tmp_path):
 
 
 @run_upgrades
-async def test_a_log_file_goes_on(tmp_path):
+async def test_an_upgrade_continues_the_log_file(tmp_path):
     async with upgradable(tmp_path, '--log-dir', 'logs') as program, registered(program, A):
         await program.upgrade()
         async with registered(program, B):
@@ -2785,7 +2787,7 @@ async def test_a_log_file_goes_on(tmp_path):
 
 
 @run_upgrades
-async def test_clients_over_tls_are_closed_with_1012_and_may_come_again(tmp_path, pem):
+async def test_an_upgrade_closes_clients_over_tls_with_1012(tmp_path, pem):
     options = '--certfile', str(pem / 'cert.pem'), '--keyfile', str(pem / 'cert.key')
     tls = {'ssl': trusting(pem)}
     async with upgradable(tmp_path, *options) as program:
@@ -3011,7 +3013,7 @@ def test_a_relay_that_is_about_to_serve_is_not_killed_by_the_signal(tmp_path):
 
 
 @run_upgrades
-async def test_systemd_hears_that_all_is_well(tmp_path, systemd, monkeypatch):
+async def test_an_upgrade_notifies_systemd(tmp_path, systemd, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '400000')
     async with upgradable(tmp_path) as program, pair_of(program) as pair:
         for _ in range(3):
@@ -3579,7 +3581,7 @@ BROKEN = {
 
 @pytest.mark.parametrize('data, code', BROKEN.values(), ids=BROKEN)
 @run_async
-async def test_what_breaks_the_rules_is_closed_with_its_code_and_the_rest_does_nothing(data, code):
+async def test_a_protocol_error_closes_with_its_code_and_the_rest_is_ignored(data, code):
     async with running_relay() as server, registered(server, A) as peer:
         async with wired(server) as wire:
             await wire.register()
@@ -3629,7 +3631,7 @@ async def test_after_the_close_of_the_relay_nothing_that_a_client_says_does_anyt
 @pytest.mark.parametrize('rate', [0, 200])
 @pytest.mark.parametrize('end', [frame_of(CLOSE, code_of(1000)), b''], ids=['close', 'EOF'])
 @run_async
-async def test_what_a_close_or_an_end_follows_at_once_is_forwarded(rate, end):
+async def test_messages_before_an_immediate_close_or_end_are_forwarded(rate, end):
     async with running_relay(rate=rate) as server, registered(server, A) as peer:
         async with wired(server) as wire:
             await wire.register()
@@ -3644,7 +3646,7 @@ async def test_what_a_close_or_an_end_follows_at_once_is_forwarded(rate, end):
 @pytest.mark.parametrize('close', [frame_of(CLOSE, code_of(1000)), b''], ids=['close', ''])
 @pytest.mark.parametrize('notify', [True, False], ids=['notify', ''])
 @run_async
-async def test_what_a_tls_client_sends_before_it_leaves_is_forwarded(
+async def test_messages_before_a_tls_client_disconnects_are_forwarded(
     rate, close, notify, tls, pem
 ):
     trust = trusting(pem)
@@ -3681,7 +3683,7 @@ EARLY = {
 
 @pytest.mark.parametrize('early', EARLY.values(), ids=EARLY)
 @run_async
-async def test_what_comes_with_a_request_is_dealt_with_after_it(early, caplog):
+async def test_frames_sent_with_the_request_are_handled_after_it(early, caplog):
     with logged(caplog):
         async with running_relay() as server, registered(server, A) as peer:
             async with wired(server, opened=False) as wire:
@@ -3698,7 +3700,7 @@ async def test_what_comes_with_a_request_is_dealt_with_after_it(early, caplog):
 
 @pytest.mark.parametrize('cut', range(-5, 0))
 @run_async
-async def test_a_blank_line_in_a_frame_does_not_end_a_request_that_came_in_pieces(cut, caplog):
+async def test_a_blank_line_in_a_frame_does_not_end_a_request(cut, caplog):
     blank = frame_of(PING, bytes(a ^ b for a, b in zip(b'\r\n\r\n', KEY)))
     plain = HANDSHAKE.replace(b'Upgrade: websocket\r\n', b'')
     with logged(caplog):
@@ -3867,7 +3869,7 @@ SOON = {'open_timeout': 0.2, 'close_timeout': 0.05, 'ping_interval': 0.1, 'ping_
 
 @pytest.mark.parametrize('ending', ENDINGS)
 @run_async
-async def test_whatever_a_client_does_its_connection_ends_in_time(ending, caplog):
+async def test_every_kind_of_ending_closes_the_connection_in_time(ending, caplog):
     with logged(caplog, 'INFO'):
         async with running_relay(**SOON) as server, registered(server, A) as peer:
             async with wired(server, narrow=True) as wire:
@@ -3877,7 +3879,7 @@ async def test_whatever_a_client_does_its_connection_ends_in_time(ending, caplog
 
 
 @run_async
-async def test_a_client_that_does_not_end_has_the_time_that_it_is_given():
+async def test_a_client_has_close_timeout_to_close():
     for ending in (
         closes_without_an_end,
         breaks_the_rules_without_an_end,
@@ -4006,9 +4008,7 @@ async def test_a_peer_that_reads_a_byte_at_a_time_does_not_hurt_others():
 
 @pytest.mark.parametrize('text, secure', [('x', False), (None, False), (None, True)])
 @run_async
-async def test_a_client_that_does_not_read_what_it_is_answered_is_read_no_more(
-    text, secure, tls, pem
-):
+async def test_a_client_that_does_not_read_answers_is_not_read(text, secure, tls, pem):
     context, trust = (tls, trusting(pem)) if secure else (None, None)
     async with running_relay(context) as server, registered(server, A, ssl=trust) as peer:
         async with wired(server, trust, narrow=True) as wire:
@@ -4058,13 +4058,13 @@ async def test_a_client_that_is_held_for_its_rate_is_not_given_up():
 
 
 @run_async
-async def test_a_client_that_answers_no_ping_is_told_so():
+async def test_a_client_that_does_not_answer_a_ping_is_closed_with_1011():
     async with running_relay(**SOON) as server, wired(server) as wire:
         assert await wire.end() == ([(PING, b'')], 1011)
 
 
 @run_async
-async def test_a_client_that_is_held_is_heard_when_it_answers_a_close(monkeypatch):
+async def test_a_paused_client_can_answer_a_close(monkeypatch):
     async with running_relay() as server, registered(server, A) as peer:
         async with wired(server) as wire:
             await wire.register()
@@ -4080,7 +4080,7 @@ async def test_a_client_that_is_held_is_heard_when_it_answers_a_close(monkeypatc
 
 
 @run_async
-async def test_a_client_that_is_lost_while_it_is_held_is_heard_no_more(monkeypatch):
+async def test_messages_of_a_client_lost_while_paused_are_dropped(monkeypatch):
     async with running_relay() as server, registered(server, A) as peer:
         async with wired(server) as wire:
             await wire.register()
@@ -4095,7 +4095,7 @@ async def test_a_client_that_is_lost_while_it_is_held_is_heard_no_more(monkeypat
 
 
 @run_async
-async def test_a_client_that_is_lost_as_it_is_given_up_hurts_nobody():
+async def test_a_client_lost_during_its_ping_timeout_affects_no_other():
     async with running_relay() as server, registered(server, A) as peer:
         async with wired(server) as wire:
             connection = await relay_side(server, wire)
@@ -4121,7 +4121,7 @@ async def test_a_client_that_is_reset_while_it_is_not_read_does_not_wait_for_its
 
 
 @run_async
-async def test_what_a_client_sent_before_it_left_is_forwarded_though_it_cannot_be_answered(
+async def test_messages_before_an_end_are_forwarded_even_if_no_answer_can_be_sent(
     monkeypatch,
 ):
     async with running_relay() as server, registered(server, A) as peer:
@@ -4171,7 +4171,7 @@ async def test_other_clients_have_their_turn_while_long_messages_are_decoded(mon
 
 
 @run_async
-async def test_pings_and_pongs_have_the_rate_of_messages(monkeypatch):
+async def test_pings_and_pongs_count_against_the_rate(monkeypatch):
     async with running_relay(rate=10) as server, wired(server) as wire:
         waits = paced(server, monkeypatch, [1000.0])
         wire.send(frame_of(PONG) * 20, frame_of(PING) * 20, said('x'))
@@ -4232,7 +4232,7 @@ TLS_ENDINGS += [closes, closes_and_tells_the_end_of_tls, breaks_the_rules]
 
 @pytest.mark.parametrize('ending', TLS_ENDINGS)
 @run_async
-async def test_whatever_a_tls_client_does_its_connection_ends_in_time(ending, tls, pem, caplog):
+async def test_every_kind_of_tls_ending_closes_the_connection_in_time(ending, tls, pem, caplog):
     trust = trusting(pem)
     with logged(caplog, 'INFO'):
         async with running_relay(tls, **SOON) as server, registered(server, A, ssl=trust) as peer:
@@ -4243,7 +4243,7 @@ async def test_whatever_a_tls_client_does_its_connection_ends_in_time(ending, tl
 
 
 @run_async
-async def test_what_a_tls_client_sent_before_its_end_is_no_error(tls, pem, caplog, monkeypatch):
+async def test_unprocessed_input_of_a_closed_tls_client_is_no_error(tls, pem, caplog, monkeypatch):
     with logged(caplog, 'INFO'):
         async with running_relay(tls, **SOON) as server:
             async with wired(server, trusting(pem), narrow=True) as wire:
@@ -4257,7 +4257,7 @@ async def test_what_a_tls_client_sent_before_its_end_is_no_error(tls, pem, caplo
 
 @pytest.mark.parametrize('start', [b'', b'\x16\x03\x01', b'GET / HTTP/1.1\r\n\r\n', bytes(9)])
 @run_async
-async def test_a_client_that_does_not_get_to_tls_goes_in_time(start, tls, caplog):
+async def test_an_incomplete_tls_handshake_is_dropped_in_time(start, tls, caplog):
     with logged(caplog, 'INFO'):
         async with running_relay(tls, **SOON) as server:
             async with wired(server, opened=False) as wire:
@@ -4336,7 +4336,7 @@ async def test_tls_is_not_negotiated_again(tls, pem):
 
 @pytest.mark.parametrize('order', [[A, B], [B, A]], ids=['first', 'last'])
 @run_async
-async def test_a_defect_met_in_writing_to_one_peer_keeps_nothing_from_another(order, caplog):
+async def test_an_internal_error_with_one_peer_does_not_affect_another(order, caplog):
     def fail():
         holder(server, A).link.unflushed_bytes = 0
         raise RuntimeError('a defect')
@@ -4355,7 +4355,7 @@ async def test_a_defect_met_in_writing_to_one_peer_keeps_nothing_from_another(or
 
 
 @run_async
-async def test_a_defect_met_in_the_sweep_does_not_end_it(caplog):
+async def test_an_internal_error_does_not_end_the_sweep(caplog):
     def fail(now):
         del holder(server, A).link.keep_alive
         raise RuntimeError('a defect')
@@ -4607,7 +4607,7 @@ LONG_PING = b'\x89\xfd\0\0\0\0' + bytes(125)
 
 
 @run_async
-async def test_a_flood_of_pings_whose_answers_are_not_read_is_read_no_more():
+async def test_a_flood_of_pings_is_not_read_while_its_pongs_are_unread():
     async with (
         running_relay() as server,
         registered(server, A) as one,
@@ -4627,7 +4627,7 @@ async def test_a_flood_of_pings_whose_answers_are_not_read_is_read_no_more():
 
 
 @run_async
-async def test_pings_that_are_answered_and_read_end_nothing():
+async def test_a_client_may_send_many_pings_if_it_reads_the_pongs():
     async with running_relay() as server, registered(server, A) as peer:
         for _ in range(20):
             peer.websocket.transport.write(LONG_PING * 1000)
@@ -4635,7 +4635,7 @@ async def test_pings_that_are_answered_and_read_end_nothing():
 
 
 @run_async
-async def test_what_a_client_sent_before_it_was_lost_does_not_keep_its_registration():
+async def test_a_reset_ends_a_registration_before_its_paced_messages():
     async with running_relay(rate=10, max_clients=2) as server, registered(server, A) as peer:
         async with registered(server, B) as gone:
             for _ in range(300):
@@ -4649,7 +4649,7 @@ async def test_what_a_client_sent_before_it_was_lost_does_not_keep_its_registrat
 
 @pytest.mark.parametrize('tls', [False, True])
 @run_async
-async def test_peers_that_are_lost_while_others_write_to_them_end_nobody_else(tls, pem, caplog):
+async def test_a_peer_lost_while_it_is_written_to_affects_no_other(tls, pem, caplog):
     context = relay.tls_context(str(pem / 'both.pem'), None) if tls else None
     options = {'ssl': trusting(pem)} if tls else {}
     with logged(caplog, 'INFO'):
@@ -4674,7 +4674,7 @@ async def exchange_with_oneself(peer):
 
 
 @run_async
-async def test_clients_that_come_only_to_be_refused_share_a_log_line(caplog):
+async def test_refused_unregistered_clients_share_a_log_line(caplog):
     with logged(caplog) as lines:
         async with running_relay() as server:
             for _ in range(30):
@@ -4734,7 +4734,7 @@ def clients_named(name):
 
 
 @run_async
-async def test_clients_that_come_and_go_in_every_way_leave_nothing_behind():
+async def test_disconnected_clients_leave_nothing_behind():
     # What other tests left to collect may warn, and pytest keeps the frames that a warning is in.
     gc.collect()
     async with running_relay() as server:
@@ -5012,7 +5012,7 @@ async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
 
 @over_nats
 @run_async
-async def test_a_forged_source_goes_to_no_other_relay(bus):
+async def test_a_forged_source_is_not_sent_to_another_relay(bus):
     async with two_relays(bus) as (one, other):
         async with registered(one, A) as a, registered(other, B) as b:
             forged = {**a.offer(B), 'source_uuid': str(C)}
@@ -5163,7 +5163,7 @@ async def test_three_relays_share_their_clients(bus):
 @over_nats
 @pytest.mark.parametrize('how', ['killed', 'frozen'])
 @run_async
-async def test_without_nats_clients_stay_and_local_peers_meet(how, caplog, monkeypatch):
+async def test_without_nats_local_peers_still_exchange_messages(how, caplog, monkeypatch):
     monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
     monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     with contextlib.ExitStack() as stack, logged(caplog) as lines:
@@ -5387,7 +5387,7 @@ async def test_a_message_is_not_delivered_after_an_earlier_one_failed(bus, monke
 
 @over_nats
 @run_async
-async def test_a_message_too_long_for_nats_comes_back():
+async def test_a_message_too_long_for_nats_is_returned():
     with running_nats('max_payload: 1000') as server:
         async with two_relays(server.url) as (one, other):
             async with registered(one, A) as a, registered(other, B) as b:
@@ -5552,7 +5552,7 @@ async def test_credentials_for_nats_are_in_its_address(caplog, monkeypatch):
 
 @over_nats
 @run_async
-async def test_relays_meet_over_tls_to_nats_and_not_if_it_is_another_server(pem, monkeypatch):
+async def test_relays_verify_the_certificate_of_nats(pem, monkeypatch):
     monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
     files = '{{cert_file: "{0}/{1}.pem", key_file: "{0}/{1}.key"}}'
@@ -5630,7 +5630,7 @@ def test_a_wrong_address_of_nats_is_one_line(url):
 
 @over_nats
 @run_async
-async def test_a_check_has_two_clients_meet_across_relays(bus, tokens):
+async def test_a_check_connects_two_clients_across_relays(bus, tokens):
     async with two_relays(bus, tokens=tokens) as (one, other):
         urls = [server.url.replace('//', '//alice:a1@') for server in (one, other)]
         line = await relay.check(*urls)
@@ -5674,7 +5674,7 @@ def fails_on_a_port():
 
 @over_nats
 @run_async
-async def test_what_goes_over_nats_is_counted(bus, monkeypatch):
+async def test_messages_over_nats_are_counted(bus, monkeypatch):
     async with two_relays(bus) as (one, other):
         async with registered(one, A) as a, registered(other, B) as b:
             await until(lambda: samples(one)['relay_nats_round_trip_seconds'] > 0)
@@ -6870,7 +6870,7 @@ async def test_the_benchmark_knows_the_relay_of_the_later_generation():
 
 
 @run_async
-async def test_the_benchmark_counts_what_does_not_arrive_as_it_was_sent():
+async def test_the_benchmark_counts_messages_that_change_on_the_way():
     def changed(text):
         texts.append(text)
         return text.replace('xxx', 'xyx') if len(texts) % 5 == 0 else text
