@@ -968,6 +968,7 @@ TAKEOVER = 'takeover'  # until the previous holder of its UUID has closed (a fut
 UNREAD = 'unread output'  # until the client has read most of its output (_on_writable)
 TURN = 'turn'  # until its long message may be decoded (Listener.request_turn)
 SLICE_USED = 'slice used'  # until the next turn of the event loop
+UPGRADING = 'upgrading'  # until the new version has taken over, or has failed to
 NOT_PAUSED: frozenset[str] = frozenset()
 
 PING_TIMEOUT = 'keepalive ping timeout'
@@ -1099,7 +1100,7 @@ class Connection:
             self.flush()
             self._start_deadline(self.server.limits.close_timeout)
             # The client's own close frame must not wait for its rate.
-            self._resume(RATE_LIMIT)
+            self.resume(RATE_LIMIT)
 
     def fail(self, code: int, reason: str) -> None:
         """Send a close frame, and ignore what else the client sends."""
@@ -1155,11 +1156,11 @@ class Connection:
             if size == 0 or size > len(self.input):
                 break
             if size + len(self.fragments) > LONG_MESSAGE and not self.has_turn:
-                self._pause(TURN)
+                self.pause(TURN)
                 self.server.request_turn(self)
             elif budget <= 0:
-                self._pause(SLICE_USED)
-                self.loop.call_soon(self._resume, SLICE_USED)
+                self.pause(SLICE_USED)
+                self.loop.call_soon(self.resume, SLICE_USED)
             else:
                 self._process(size)
                 self.has_turn = False
@@ -1281,8 +1282,8 @@ class Connection:
         # The connection may have been closed because of this message.
         wait = self.relay.pace(self.client, len(frame.data)) if self.is_open else 0
         if wait > 0:
-            self._pause(RATE_LIMIT)
-            self.rate_timer = self.loop.call_later(wait, self._resume, RATE_LIMIT)
+            self.pause(RATE_LIMIT)
+            self.rate_timer = self.loop.call_later(wait, self.resume, RATE_LIMIT)
 
     def _on_data(self, frame: Frame) -> None:
         """Give a message to the relay when its last frame is here."""
@@ -1299,8 +1300,8 @@ class Connection:
             text = data.decode() if opcode is TEXT else data
             takeover = self.relay.receive(self.client, text)
             if takeover is not None:
-                self._pause(TAKEOVER)
-                takeover.add_done_callback(lambda _: self._resume(TAKEOVER))
+                self.pause(TAKEOVER)
+                takeover.add_done_callback(lambda _: self.resume(TAKEOVER))
         except UnicodeDecodeError as error:
             self.fail(1007, f'{error.reason} at position {error.start}')
         except Exception:
@@ -1309,10 +1310,12 @@ class Connection:
 
     # Pausing.
 
-    def _pause(self, reason: str) -> None:
+    def pause(self, reason: str) -> None:
+        """Stop processing input until `resume` is called for the same reason."""
         self.paused_for |= {reason}
 
-    def _resume(self, reason: str) -> None:
+    def resume(self, reason: str) -> None:
+        """Process input again, unless there are other reasons not to."""
         if reason in self.paused_for:
             self.paused_for -= {reason}
             if not self.paused_for:
@@ -1321,7 +1324,7 @@ class Connection:
     def take_turn(self) -> None:
         """Process the long message that waited for its turn."""
         self.has_turn = True
-        self._resume(TURN)
+        self.resume(TURN)
         self.has_turn = False
 
     # Sending.
@@ -1356,7 +1359,7 @@ class Connection:
             self.output += data
             self._count_bytes()
             if len(self.output) > MAX_BACKLOG:
-                self._pause(UNREAD)
+                self.pause(UNREAD)
 
     def _on_writable(self) -> None:
         try:
@@ -1370,7 +1373,7 @@ class Connection:
             self.loop.remove_writer(self.sock)
             self._end_if_done()
         if len(self.output) <= MAX_BACKLOG // 4:
-            self._resume(UNREAD)
+            self.resume(UNREAD)
 
     def _count_bytes(self) -> None:
         held = len(self.input) + len(self.fragments) + len(self.output)
@@ -1711,6 +1714,8 @@ class Upgrader:
         if not self.stop.is_set():
             for listener in self.listeners:
                 listener.start_accepting()
+                for connection in list(listener.connections):
+                    connection.resume(UPGRADING)
             if self.relay.backplane is not None:
                 self.relay.backplane.start()
             notify('READY=1')
@@ -1746,12 +1751,15 @@ class Upgrader:
         """
         for listener in self.listeners:
             listener.stop_accepting()
-        if self.relay.backplane is not None:
-            await self.relay.backplane.close(upgrading=True)
         connections = [connection for each in self.listeners for connection in each.connections]
         encrypted = [connection for connection in connections if connection.tls is not None]
-        for connection in encrypted:
-            connection.close(1012, 'the relay is being upgraded')
+        for connection in connections:
+            if connection.tls is None:
+                connection.pause(UPGRADING)
+            else:
+                connection.close(1012, 'the relay is being upgraded')
+        if self.relay.backplane is not None:
+            await self.relay.backplane.close(upgrading=True)
         closed = sum(connection.opened for connection in encrypted)
         for _ in range(10):
             if any(connection in connection.server.connections for connection in encrypted):

@@ -4090,7 +4090,7 @@ async def test_messages_of_a_client_lost_while_paused_are_dropped(monkeypatch):
             wire.send(said('x' * 6000) * 9)
             wire.reset()
             await until(lambda: connection not in server.listener.connections)
-            connection._resume(relay.RATE_LIMIT)
+            connection.resume(relay.RATE_LIMIT)
         await alone(server, peer)
 
 
