@@ -2462,7 +2462,8 @@ async def _listen(
     if metrics_port is not None:
         own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
         listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
-        _log_addresses('Serving metrics', own)
+        if handover is None:
+            _log_addresses('Serving metrics', own)
     if handover is not None:
         handover.restore(relay, clients)
     elif relay.tokens is None:
@@ -2686,7 +2687,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--rate', default=RATE, type=_integer, metavar='N', help=rate)
     add('--ping-interval', default=30, type=seconds, metavar='SECONDS', help=pings)
     add('--metrics-port', type=port, metavar='PORT', help='metrics for Prometheus, on 127.0.0.1')
-    add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Sunday')
+    add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Monday')
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
     nats = 'share clients with other relays over NATS; repeatable'
     add('--nats', action='append', type=_nats_url, metavar='URL', help=nats)
