@@ -30,10 +30,10 @@ relay cannot be reached. Anything that is not a valid message is answered by a r
 `success: false`, `error: true` and the reason in `message`. Neither closes the connection.
 
 If a UUID is registered again on a new connection, the old connection is closed: with 1001 if it
-used `server_registration`, with 4004 ("do not come back") if it used `relay_registration`. The
-other close codes: 1001 the relay stops; 1008 not registered within 30 s, message not complete
-within 30 s, or token revoked; 1009 message longer than 1 MiB (64 KiB before registering); 1011
-ping not answered; 1012 the relay is being upgraded; 1013 too many clients or out of memory.
+used `server_registration`, with 4004 ("do not come back") if it used `relay_registration`. Other
+close codes: 1001 the relay stops; 1002 invalid frame; 1007 text not UTF-8; 1008 not registered
+or message not complete within 30 s, or token revoked; 1009 message longer than 1 MiB (64 KiB
+before registering); 1011 ping not answered; 1012 upgrade; 1013 too many clients or out of memory.
 
 If the relay requires tokens, a client sends one in its handshake: `Authorization: Bearer TOKEN`,
 ws://USER:TOKEN@HOST or ws://HOST/?token=TOKEN. A client without a valid token gets HTTP 401. A
@@ -44,7 +44,7 @@ it, and `Connection` moves bytes between a socket and the relay. Around them: `L
 connections, `Backplane` links several relays over NATS, and `serve` starts and stops it all.
 """
 
-from __future__ import annotations  # relay.py needs Python 3.9 or newer
+from __future__ import annotations  # older versions of Python show this line: 3.9 is needed
 
 import argparse
 import asyncio
@@ -108,12 +108,12 @@ MAX_BACKLOG = 2**20  # output waiting for one client; if none is waiting, any me
 MAX_BUFFERED = 2**28  # input and output waiting, all connections together
 LONG_MESSAGE = 2**15  # longer messages are decoded one at a time, to keep the event loop free
 SLICE = 2**15  # input of one client that is processed in one turn of the event loop
-SLICE_MINIMUM = 2**11  # of a slice, used by each frame however short
+SLICE_MINIMUM = 2**11  # the least that each frame counts against SLICE
 RATE_UNIT = 2**14  # a message counts once against the rate for each started unit
-RECEIVE_BUFFER = 2**16  # read at once, and by the kernel ahead; a flood waits in its sender
+RECEIVE_BUFFER = 2**16  # most bytes read at once, and buffered by the kernel
 SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
 TLS_RECORD = 2**14  # the most that TLS encrypts at once
-STRICT_DECODE = 2**12  # shorter texts are decoded with a check of every number
+STRICT_DECODE = 2**12  # characters; in shorter texts, the decoder checks each number
 
 # Seconds.
 REGISTER_TIMEOUT = 30  # for a client to register
@@ -135,14 +135,13 @@ BURST = 0.1  # burst allowance, in seconds at the full rate
 FIGHT = 3  # takeovers of one UUID within FIGHT_INTERVAL before a warning
 RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
 MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
-HANDSHAKE_FDS = 32  # and for connections that are not clients yet, or are being refused
+HANDSHAKE_FDS = 32  # file descriptors for handshakes and for clients that are refused
 MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able to read it
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
 MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
 MAX_REASON = 300  # characters of the reason why a new version does not start
 ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
-
 
 # NATS.
 NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
@@ -176,7 +175,7 @@ class Limits:
     origins: tuple[Any, ...] | None = None  # None: web pages of any origin may connect
     open_timeout: float = 10
     close_timeout: float = 10
-    # Generous, for laptops on bad networks: ProxyStore clients never recover from a lost one.
+    # Generous, for bad networks: ProxyStore clients never recover from a lost connection.
     ping_interval: float | None = 30
     ping_timeout: float = 90
 
@@ -328,8 +327,8 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     return data
 
 
-# The same few UUIDs in every message: parsing them again would be an eighth of a forward. Only the
-# usual form is kept, other forms may be long.
+# Messages name the same few UUIDs; parsing them each time would be an eighth of a forward. Only
+# the usual form is cached: other forms may be long.
 _cached_uuid = lru_cache(4096)(UUID)
 
 
@@ -380,7 +379,7 @@ class StartError(Exception):
 
 
 class Credentials(NamedTuple):
-    """The user of a connection, and the hash of the token it showed. Both empty without tokens."""
+    """The user of a connection and the hash of its token; empty if no token is required."""
 
     user: str
     token_hash: bytes
@@ -440,7 +439,7 @@ def find_credentials(
 
 def _hash(token: str) -> bytes:
     # Looking up hashes rather than tokens gives nothing away by the time it takes.
-    return hashlib.sha256(token.encode()).digest()
+    return hashlib.sha256(token.encode(errors='surrogatepass')).digest()
 
 
 def address_of(address: Any) -> str:
@@ -458,7 +457,8 @@ def client_address(address: Any, request: Request | None) -> str:
     forwarded = request.headers.get_all('X-Forwarded-For') if request is not None else []
     with contextlib.suppress(ValueError, TypeError, IndexError):
         if forwarded and ipaddress.ip_address(address[0]).is_loopback:
-            return str(ipaddress.ip_address(forwarded[-1].rpartition(',')[2].strip()))
+            last = forwarded[-1].rpartition(',')[2].partition('%')[0]
+            return str(ipaddress.ip_address(last.strip()))
     return address_of(address)
 
 
@@ -477,16 +477,9 @@ FORWARD_ERRORS = {
     'too_long': 'it is too long to be sent to another relay',
     'disconnected': 'the relays are disconnected',
 }
-COUNTERS = [
-    'registrations',
-    'displaced_registrations',
-    'pings_unanswered',
-    'forwarded_messages',
-    'forwarded_bytes',
-    'remote_messages',
-    'remote_unknown',
-]
-# Other refusals, by reason; `rate_paced` counts messages that had to wait.
+COUNTERS = ['registrations', 'displaced_registrations', 'pings_unanswered', 'forwarded_messages']
+COUNTERS += ['forwarded_bytes', 'remote_messages', 'remote_unknown']
+# Refusals by reason; `rate_paced` counts messages that had to wait.
 REFUSALS = [*FORWARD_ERRORS, 'malformed', 'too_large', 'rate_paced', 'never_registered']
 REFUSALS += ['incomplete', 'unauthorized', 'full', 'out_of_memory']
 # ProxyStore's relay uses these words, and its endpoints show them to their users.
@@ -499,7 +492,7 @@ DISPLACED = (
 class EmbeddedLink:
     """Sends to a client that is served by `websockets.asyncio.server.serve`.
 
-    It does what Connection, further below, does for the relay's own server.
+    It does for websockets' own server what Connection, below, does for Listener.
     """
 
     def __init__(self, websocket: Any) -> None:
@@ -534,7 +527,7 @@ class Client:
 
     name: str
     uuid: UUID | None
-    websocket: Any  # as `register` and the other methods of RelayServer take it
+    websocket: Any  # identifies the client to `register` and other public methods
     link: Connection | EmbeddedLink
     user: str = ''  # whose token the client showed, if the relay requires tokens
     token_hash: bytes = b''
@@ -578,7 +571,7 @@ class RelayServer:
         self.refusal_counts = dict.fromkeys(REFUSALS, 0)
         # When each source of refusals was last logged, and how many there were.
         self.refusal_log: dict[object, tuple[float, int]] = {}
-        # Takeovers by user and UUID since the last reset, which happens every FIGHT_INTERVAL.
+        # Takeovers by user and UUID; cleared after FIGHT_INTERVAL, or if there are too many.
         self._takeovers: Counter[tuple[str, UUID | None]] = Counter()
         self._takeovers_since = 0.0
 
@@ -638,7 +631,7 @@ class RelayServer:
         self.start_registration_timer(client, REGISTER_TIMEOUT)
 
     def readmit(self, client: Client, seconds: float | None, claim: Claim | None) -> None:
-        """Put a client into the registry that the version before an upgrade has left."""
+        """Register a client again that was connected before an upgrade."""
         self._websocket_to_client[client.websocket] = client
         if seconds is not None:
             self.start_registration_timer(client, seconds)
@@ -672,10 +665,8 @@ class RelayServer:
             return f'closed by the client with {error.rcvd.code}{reason}'
         code, reason = error.sent.code, error.sent.reason
         kind = {1002: 'malformed', 1007: 'malformed', 1009: 'too_large'}.get(code)
-        if code == 1008 and client.uuid is None:
-            kind = 'never_registered'
-        elif code == 1008:
-            kind = 'unauthorized'
+        if code == 1008:
+            kind = 'never_registered' if reason.startswith('not registered') else 'unauthorized'
         if reason.startswith(INCOMPLETE):
             kind = 'incomplete'
         if kind is not None:
@@ -741,7 +732,7 @@ class RelayServer:
     ) -> asyncio.Future[None]:
         """Displace the holder of a UUID, and register the client once the holder has closed.
 
-        Only for TAKEOVER_TIMEOUT: the holder may be dead. The result is done at the same time.
+        Waits at most TAKEOVER_TIMEOUT: the holder may be dead. The future is done after that.
         """
         loop = asyncio.get_running_loop()
         holder.closed = loop.create_future()
@@ -753,15 +744,17 @@ class RelayServer:
     def _admit(self, client: Client, request: ServerRegistration) -> None:
         """Put a client into the registry and answer it, in one step.
 
-        While client B waited for A to close, C may have registered the same UUID. Whoever asked
-        last holds it in the end, so B may have to displace C, or be displaced by it.
+        While client B waited for A to close, C may have registered the same UUID. The one that
+        registered last keeps it, so B may have to displace C, or be displaced by it.
         """
         key = (client.user, request.uuid)
         holder = self._uuid_to_client.get(key)
         if not client.link.is_open:
             return
+        # A name can be as long as a message: keep only what the log shows.
+        client.name, client.uuid = request.name[: MAX_SHOWN + 1], request.uuid
+        client.response_type = request.message_type.replace('registration', 'response')
         if holder is not None and holder.registration_order > client.registration_order:
-            client.response_type = request.message_type.replace('registration', 'response')
             self.displace(client, holder.address)
             return
         if holder is not None:
@@ -769,9 +762,6 @@ class RelayServer:
         if client.registration_timer is not None:
             client.registration_timer.cancel()
             client.registration_timer = None
-        # A name can be as long as a message: keep what the log shows of it.
-        client.name, client.uuid = request.name[: MAX_SHOWN + 1], request.uuid
-        client.response_type = request.message_type.replace('registration', 'response')
         self._uuid_to_client[key] = client
         self.counts['registrations'] += 1
         if self.backplane is not None:
@@ -783,20 +773,16 @@ class RelayServer:
     def displace(self, client: Client, by: str) -> None:
         """Close a client because its UUID was registered again, `by` a client at that address."""
         self.counts['displaced_registrations'] += 1
-        now = time.monotonic()
-        if (
-            now - self._takeovers_since > FIGHT_INTERVAL
-            or len(self._takeovers) > WATCHED_TAKEOVERS
-        ):
+        key, now = (client.user, client.uuid), time.monotonic()
+        expired = now - self._takeovers_since > FIGHT_INTERVAL
+        if expired or len(self._takeovers) > WATCHED_TAKEOVERS:
             self._takeovers.clear()
             self._takeovers_since = now
-        self._takeovers[client.user, client.uuid] += 1
-        if self._takeovers[client.user, client.uuid] == FIGHT:
-            logger.warning(
-                'UUID %s is registered again and again by %s and %s; two endpoints probably share '
-                'one configuration: give one of them a new UUID',
-                *(client.uuid, client.address, by),
-            )
+        self._takeovers[key] += 1
+        if self._takeovers[key] == FIGHT:
+            hint = 'two endpoints probably share one configuration: give one of them a new UUID'
+            text = f'UUID %s is registered again and again by %s and %s; {hint}'
+            logger.warning(text, client.uuid, client.address, by)
         code = 4004 if client.response_type == 'relay_response' else 1001
         self._close(client, code, DISPLACED)
 
@@ -852,7 +838,7 @@ class RelayServer:
         error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
         answer = replace(message, error=f'{error}because {reason}.')
         text = encode(answer)
-        if len(text) > MAX_MESSAGE:  # by the error and the escapes of characters beyond ASCII
+        if len(text) > MAX_MESSAGE:  # the error and escaped characters made it longer
             text = encode(replace(answer, source_name='', description_type='', description=''))
         client.link.write(text.encode())
 
@@ -904,9 +890,9 @@ class RelayServer:
             if tls is not None:
                 # A key that does not match would break the context in use: try another first.
                 tls_context(certfile, keyfile)
-                tls.load_cert_chain(certfile, keyfile, password=no_password)
                 self.certificate_expiry = expiry_of(certfile)
-        except (StartError, OSError) as error:
+                tls.load_cert_chain(certfile, keyfile, password=no_password)
+        except (StartError, OSError, ValueError, IndexError) as error:
             logger.error('Reload failed, keeping the old configuration: %s', error)
             return
         finally:
@@ -919,13 +905,12 @@ class RelayServer:
     def close_revoked(self) -> None:
         """Close clients whose token is no longer in the file."""
         for client in list(self._websocket_to_client.values()):
-            if self.tokens is not None:
-                if self.tokens.get(client.token_hash) != client.user:
-                    self._close(client, 1008, 'the token was revoked')
+            if self.tokens is not None and self.tokens.get(client.token_hash) != client.user:
+                self._close(client, 1008, 'the token was revoked')
 
 
 def limit_socket(sock: Any) -> None:
-    """Bound what the kernel buffers for a connection, and drop it when its peer stops reading.
+    """Bound what the kernel buffers for a connection, and drop it when its peer is unreachable.
 
     Set on a listening socket, it holds for each accepted connection.
     """
@@ -952,12 +937,11 @@ def limit_socket(sock: Any) -> None:
 #
 # The life of a connection, by the state of its protocol:
 #
-#     CONNECTING   TLS and HTTP handshake. After open_timeout, it is dropped.
+#     CONNECTING   TLS and HTTP handshake. Dropped after open_timeout, or soon after a refusal.
 #     OPEN         Frames are read, unless reading is paused.
-#     CLOSING      A close frame was sent or a request refused. Frames are still read until the
-#                  client's close frame, but messages are ignored. When nothing more will be sent,
-#                  the connection is `finished`: input is discarded. After close_timeout, it is
-#                  dropped.
+#     CLOSING      A close frame was sent. Until the client's own one, frames are still read, but
+#                  messages are ignored. When nothing more will be sent, the connection is
+#                  `finished`: input is discarded. After close_timeout, it is dropped.
 #     CLOSED       The socket is closed and the client unregistered.
 #
 # Reading is paused for these reasons. A paused connection still receives up to RECEIVE_BUFFER
@@ -986,26 +970,28 @@ class TlsSession:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.established = False
-        self.unpaid_bytes = 0  # of the handshake, or of answers that only OpenSSL asked for
+        self.overhead_bytes = (
+            0  # of the handshake, then of what OpenSSL sent by itself; at most TLS_RECORD
+        )
         self.ended = False  # by the client, or by an error
 
     def decrypt(self, data: memoryview, plain: bytearray) -> None:
-        """Append what received data means to `plain`. An answer may have to be sent after it."""
+        """Decrypt data into `plain`. Afterwards, `answer()` has to be sent."""
         # In pieces: the buffers between OpenSSL and Python never shrink.
         for start in range(0, len(data), TLS_RECORD // 4):
             piece = data[start : start + TLS_RECORD // 4]
             self.incoming.write(piece)
             try:
                 if not self.established:
-                    self.unpaid_bytes += len(piece)
+                    self.overhead_bytes += len(piece)
                     self.session.do_handshake()
-                    self.established, self.unpaid_bytes = True, 0
+                    self.established, self.overhead_bytes = True, 0
                 while not self.ended:
                     chunk = self.session.read(TLS_RECORD)
                     plain += chunk
                     self.ended = not chunk
             except ssl.SSLWantReadError:
-                self.ended = self.unpaid_bytes > TLS_RECORD
+                self.ended = self.overhead_bytes > TLS_RECORD
             except ssl.SSLError:
                 self.ended = True
             if self.ended:
@@ -1015,11 +1001,11 @@ class TlsSession:
         """Return what OpenSSL has to send in answer to received data."""
         data = self.outgoing.read()
         if self.established:
-            self.unpaid_bytes += len(data)  # key updates; a client needs few or none
+            self.overhead_bytes += len(data)  # key updates; a client needs few or none
         return data
 
     def encrypt(self, data: bytes) -> bytes:
-        """Return what to send for some data. Raises ssl.SSLError after an error."""
+        """Encrypt data. Raises ssl.SSLError after an error."""
         records = []
         for start in range(0, len(data), TLS_RECORD):
             self.session.write(data[start : start + TLS_RECORD])
@@ -1027,21 +1013,21 @@ class TlsSession:
         return b''.join(records)
 
     def end(self) -> bytes:
-        """Return what to send when there is no more data."""
+        """Return the alert that ends the session."""
         with contextlib.suppress(ssl.SSLError):
             self.session.unwrap()
         return self.outgoing.read()
 
 
-# A websockets protocol and its parser refer to each other, so that they would wait for the garbage
-# collector. A closed connection drops both and has this, which does nothing, in their place.
+# A websockets protocol and its parser refer to each other, so only the garbage collector would
+# free them. A closed connection clears its protocol and uses this one, which does nothing.
 CLOSED_PROTOCOL = ServerProtocol(state=State.CLOSED)
 CLOSED_PROTOCOL.receive_eof()
 CLOSED_PROTOCOL.data_to_send()
 
 
 class Connection:
-    """The connection of one client. All of it does nothing once the connection is closed."""
+    """The connection of one client. Its methods do nothing once it is closed."""
 
     def __init__(
         self, server: Listener, sock: socket.socket, address: Any, state: State = CONNECTING
@@ -1062,7 +1048,7 @@ class Connection:
         self.paused_for = NOT_PAUSED
         self.has_turn = False  # and may process one long message
         self.eof = False  # everything the client sent was received
-        self.opened = False  # by a handshake
+        self.opened = False  # the handshake was completed; stays set when the connection closes
         self.finished = False  # everything for the client was sent, or is in `output`
         self.rate_timer: asyncio.TimerHandle | None = None
         self.last_heard = self.last_pinged = time.monotonic()
@@ -1115,7 +1101,7 @@ class Connection:
 
     def _on_readable(self) -> None:
         try:
-            # Less over TLS, where some records make OpenSSL work without any message to count.
+            # 0: as much as fits. Less over TLS, where some records cost CPU without any message.
             count = self.sock.recv_into(self.server.buffer, TLS_RECORD if self.tls else 0)
         except (BlockingIOError, InterruptedError):
             return
@@ -1176,13 +1162,14 @@ class Connection:
 
     def _control_reading(self) -> None:
         """Stop reading while the connection is paused with a full input or output."""
-        # TLS itself answers some records, which never become input.
+        # Output counts too: TLS answers some records, which never become input.
         held = max(len(self.input) - RECEIVE_BUFFER, len(self.output) - MAX_BACKLOG)
         full = bool(self.paused_for) and held > 0
         if full and not self.eof and self not in self.server.not_reading:
             self.loop.remove_reader(self.sock)
             self.server.not_reading[self] = None
-        elif not full and self.server.not_reading.pop(self, self) is None:
+        elif not full and self in self.server.not_reading:
+            del self.server.not_reading[self]
             self.loop.add_reader(self.sock, self._on_readable)
 
     def _next_size(self) -> int:
@@ -1408,7 +1395,7 @@ class Connection:
             self._finish()
 
     def _on_end_of_input(self) -> None:
-        """The client has sent everything and it was processed: end the connection."""
+        """End the connection: all input was received and processed."""
         self.protocol.receive_eof()
         self.flush()
         self._finish()
@@ -1488,7 +1475,7 @@ class Listener:
         self.handshakes: dict[Connection, None] = {}
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER))  # each read is copied out of it
         self.unflushed: list[Connection] = []
-        self.not_reading: dict[Connection, None] = {}  # paused, with a full input
+        self.not_reading: dict[Connection, None] = {}  # paused, with a full input or output
         self.incomplete: dict[Connection, float] = {}  # since when part of a message is there
         # Connections with a long message, which take turns, one at a time.
         self.turns = deque[Connection]()
@@ -1543,7 +1530,7 @@ class Listener:
         return bool(self.sockets)
 
     def start_accepting(self) -> None:
-        """Accept connections, those first that wait in the kernel."""
+        """Start or resume accepting connections."""
         for sock in self.sockets:
             self.loop.add_reader(sock, self._accept, sock)
 
@@ -1568,7 +1555,7 @@ class Listener:
                 self._stop_accepting_for_now(str(error.strerror))
                 return
             if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
-                # A handshake takes less than a second: the oldest is most likely none at all.
+                # A handshake takes less than a second: the oldest is probably not one.
                 next(iter(self.handshakes)).abort()
             sock.setblocking(False)
             Connection(self, sock, address)
@@ -1630,7 +1617,7 @@ class Listener:
                 largest.fail(1013, 'the relay is out of memory')
 
     def _sweep(self) -> None:
-        """Close idle, incomplete and lost connections, once a second."""
+        """Ping idle connections, close incomplete and lost ones; once a second."""
         interval = self.limits.ping_interval
         if not self.closed.is_set():
             self.loop.call_later(min(SWEEP_INTERVAL, (interval or 60) / 4), self._sweep)
@@ -1654,9 +1641,9 @@ class Listener:
         """Remove a closed connection."""
         for collection in (self.connections, self.handshakes, self.not_reading, self.incomplete):
             collection.pop(connection, None)
-        self._set_closed()
+        self._check_closed()
 
-    def _set_closed(self) -> None:
+    def _check_closed(self) -> None:
         if not self.connections and not self.sockets:
             self.closed.set()
 
@@ -1668,19 +1655,19 @@ class Listener:
         self.sockets = []
         for connection in list(self.connections):
             connection.close(1001, '')
-        self._set_closed()
+        self._check_closed()
 
 
 # ------------------------------------------------------------------------------- Upgrade
 #
-# `kill -USR2` replaces the running code by the relay.py on disk, in the same process, and nobody
-# who speaks ws:// notices. First, a child process shows that the new code starts with these
+# `kill -USR2` replaces the running code by the relay.py on disk, in the same process. Clients on
+# ws:// stay connected. First, a child process shows that the new code starts with these
 # options. Then the state is written to a file in memory, one JSON text a line, and the process
 # executes the new code, which inherits all sockets. TLS connections are closed with 1012, because
 # what OpenSSL knows about them cannot be handed over. Handshakes are dropped.
 
-# How the state may change: a new key needs a default for states that lack it, and is ignored by
-# older versions. Any other change needs a new number, because a state of another is not read.
+# How the state may change: a new key needs a default for states without it; older versions ignore
+# it. Any other change needs a new number: a state with another number is not read.
 STATE_VERSION = 1
 TRIAL, STATE_FD = 'RELAY_TRIAL', 'RELAY_STATE_FD'  # environment variables
 UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
@@ -1703,6 +1690,8 @@ class Upgrader:
         try:
             began = time.monotonic()
             await self._try_new_code()
+            if self.stop.is_set():
+                return
             notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
             closed = await self._prepare()
             if not self.stop.is_set():
@@ -1711,11 +1700,11 @@ class Upgrader:
             logger.error('Upgrade failed, the running version goes on: %s', error)
         # Still here, so the new code was not executed.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+        for listener in self.listeners:
+            listener.start_accepting()  # without effect on a closed listener, which has no sockets
+            for connection in list(listener.connections):
+                connection.resume(UPGRADING)
         if not self.stop.is_set():
-            for listener in self.listeners:
-                listener.start_accepting()
-                for connection in list(listener.connections):
-                    connection.resume(UPGRADING)
             if self.relay.backplane is not None:
                 self.relay.backplane.start()
             notify('READY=1')
@@ -1761,9 +1750,9 @@ class Upgrader:
         if self.relay.backplane is not None:
             await self.relay.backplane.close(upgrading=True)
         closed = sum(connection.opened for connection in encrypted)
-        for _ in range(10):
-            if any(connection in connection.server.connections for connection in encrypted):
-                await asyncio.sleep(DRAIN_TIMEOUT / 10)
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while time.monotonic() < deadline and any(c in c.server.connections for c in encrypted):
+            await asyncio.sleep(DRAIN_TIMEOUT / 10)
         # From here on, signals wait for the new code. Those before, and registrations that wait
         # for a takeover, are handled in a few turns of the loop.
         signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
@@ -1811,7 +1800,7 @@ def command_line() -> list[str]:
 
 
 def save_connection(connection: Connection) -> dict[str, Any]:
-    """Return all there is to know about an open connection, in plain values."""
+    """Return the state of a connection as plain values. Flushes it first."""
     connection.flush()
     client, backplane = connection.client, connection.relay.backplane
     data = bytes(connection.input)
@@ -1839,7 +1828,7 @@ def save_connection(connection: Connection) -> dict[str, Any]:
 
 
 def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
-    """Continue a connection where the old code left it. It is not read before all are here."""
+    """Continue a connection. Nothing is read from it until all of them are restored."""
     sock = socket.socket(fileno=saved['fd'])
     sock.set_inheritable(False)
     state = OPEN if saved['is_open'] else State.CLOSING
@@ -1917,7 +1906,7 @@ class Handover:
 
 
 def close_inherited_sockets() -> None:
-    """Close the sockets that an upgrade left and nobody took: their clients would wait forever."""
+    """Close inherited sockets that are not used: their clients would wait forever."""
     for fd in map(int, os.listdir('/proc/self/fd')):
         with contextlib.suppress(OSError):
             if fd > 2 and os.get_inheritable(fd) and stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -2011,7 +2000,7 @@ def beat(relay: RelayServer) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """Writes a line for a file or a terminal. Formatting the time anew for each would be slow."""
+    """Formats a line for a file or a terminal; the time only once a second, to be fast."""
 
     second, text = 0, ''
 
@@ -2060,7 +2049,7 @@ def configure_logging(log_dir: str | None, level: str) -> None:
         handlers[0].setFormatter(JournalFormatter('%(message)s'))
     logging.basicConfig(level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
-    # What no format shows is not looked up (logging HOWTO, section Optimization).
+    # Do not collect what no format shows (logging HOWTO, section Optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     # websockets logs session descriptions at DEBUG and, up to version 15, each port scan as an
@@ -2098,7 +2087,7 @@ def _import_nats(credentials: str | None) -> Any:
         raise StartError(f'--nats: {error}; try: pip install {package}') from error
     except OSError as error:
         raise StartError(f'cannot read {credentials}: {error.strerror}') from error
-    # It logs errors of its clean-up after a lost connection, which is replaced in any case.
+    # nats-py logs errors of closing a lost connection, which is replaced anyway.
     logging.getLogger('nats').setLevel(logging.CRITICAL)
     # Python 3.12 to 3.14.0 (gh-136234): writelines() on a lost connection, as nats-py does, may
     # register a descriptor that by then belongs to a client, who is never heard again.
@@ -2528,7 +2517,7 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
 
 
 def no_password() -> str:
-    """Stand in for the question on the terminal that OpenSSL asks for an encrypted key."""
+    """Return no password, so that OpenSSL does not ask for one on the terminal."""
     return ''
 
 
@@ -2677,8 +2666,13 @@ def _parser() -> argparse.ArgumentParser:
     add('--port', default=8765, type=port, help='port, 0 for any free port (%(default)s)')
     add('--certfile', metavar='PATH', help='certificate in PEM format; serves TLS (wss://)')
     add('--keyfile', metavar='PATH', help='private key, if it is not in the same file')
-    add('--token-file', metavar='PATH', help='lines user:token of who may connect (anyone)')
-    add('--allow-origin', action='append', metavar='ORIGIN', help='of web pages; repeatable (any)')
+    add('--token-file', metavar='PATH', help='file of user:token lines; who may connect (anyone)')
+    add(
+        '--allow-origin',
+        action='append',
+        metavar='ORIGIN',
+        help='allow only web pages of this origin; repeatable (any)',
+    )
     add('--max-clients', type=positive, metavar='N', help='clients (limit of open files less 64)')
     size = 'length of the longest message (%(default)s)'
     rate = 'messages a second of each client, 0 for no limit (%(default)s)'
@@ -2688,7 +2682,13 @@ def _parser() -> argparse.ArgumentParser:
     add('--ping-interval', default=30, type=seconds, metavar='SECONDS', help=pings)
     add('--metrics-port', type=port, metavar='PORT', help='metrics for Prometheus, on 127.0.0.1')
     add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Monday')
-    add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help='(%(default)s)')
+    add(
+        '--log-level',
+        default='INFO',
+        type=str.upper,
+        choices=LEVELS,
+        help='least level to log (%(default)s)',
+    )
     nats = 'share clients with other relays over NATS; repeatable'
     add('--nats', action='append', type=_nats_url, metavar='URL', help=nats)
     add('--nats-creds', metavar='PATH', help='credentials for NATS, if they are not in its URL')
@@ -2711,7 +2711,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run_check(urls: list[str]) -> None:
-    # The one line it prints is all it prints, whatever asyncio has to say.
+    # A check prints one line only; asyncio must not log.
     logging.disable()
     # Python 3.9 prints a traceback if a check is interrupted just when it connects.
     sys.unraisablehook = lambda _: None

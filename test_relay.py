@@ -457,7 +457,10 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
 @both_ways
 @pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
 @run_async
-async def test_the_last_of_three_clients_to_register_a_uuid_holds_it(generation, code):
+async def test_the_last_of_three_clients_to_register_a_uuid_holds_it(
+    generation, code, monkeypatch, caplog
+):
+    monkeypatch.setattr(relay, 'FIGHT', 1)
     async with running_relay() as server, registered(server, A, 'first') as first:
         async with connected(server) as second, connected(server) as third:
             stall(first)
@@ -471,6 +474,7 @@ async def test_the_last_of_three_clients_to_register_a_uuid_holds_it(generation,
             assert holder(server, A).name == 'third'
             await exchange(third, third)
             first.websocket.transport.abort()
+    assert f'UUID {A} is registered' in caplog.text and 'UUID None' not in caplog.text
 
 
 @both_ways
@@ -1474,6 +1478,16 @@ async def test_without_a_valid_token_the_handshake_ends_with_401(tokens, query, 
             assert not server._websocket_to_client
     assert [line.partition(': ')[2] for line in lines()] == ['no valid token (1 refusals so far)']
     assert 'a1' not in ''.join(lines())
+
+
+@pytest.mark.parametrize('query, header', [(b'', b'\xff'), (b'?token=\xff', b'')])
+@run_async
+async def test_a_token_that_is_not_text_is_refused(query, header, tokens, caplog):
+    async with running_relay(tokens=tokens) as server:
+        token = b'Upgrade: websocket\r\nAuthorization: Bearer ' + header
+        answer = await http(server, b'GET /%s HTTP/1.1\r\n%s\r\n\r\n' % (query, token))
+        assert answer.startswith(b'HTTP/1.1 40')
+    assert not [record for record in caplog.records if record.levelname == 'ERROR']
 
 
 @run_async
