@@ -119,7 +119,7 @@ STRICT_DECODE = 2**12  # characters; in shorter texts, the decoder checks each n
 REGISTER_TIMEOUT = 30  # for a client to register
 MESSAGE_TIMEOUT = 30  # from the first byte of a message to its last
 TAKEOVER_TIMEOUT = 0.5  # for a displaced connection to close; it may be dead and another waits
-STOP_TIMEOUT = 12  # for the relay to stop, whatever its clients do
+STOP_TIMEOUT = 12  # for the relay to stop, even if clients do not close
 STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; it is answered with 503
 STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
 SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
@@ -356,7 +356,7 @@ def _number(text: str) -> float:
 
 
 # Calling `_number` for each number of a long text of zeros takes four times as long as the rest,
-# so a long text is searched for a long number first.
+# which is why a long text is searched for a long number first.
 _decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number)
 _strict_decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_number
@@ -371,7 +371,7 @@ def shown(text: str) -> str:
 
 # ------------------------------------------------------------------------------- Access
 #
-# Who may connect: the token file, and the token that a handshake shows.
+# Tokens: reading the file, and finding the user of a handshake.
 
 
 class StartError(Exception):
@@ -529,7 +529,7 @@ class Client:
     uuid: UUID | None
     websocket: Any  # identifies the client to `register` and other public methods
     link: Connection | EmbeddedLink
-    user: str = ''  # whose token the client showed, if the relay requires tokens
+    user: str = ''  # the owner of the client's token, if the relay requires tokens
     token_hash: bytes = b''
     address: str = 'unknown address'
     response_type: str = 'server_response'
@@ -2140,6 +2140,7 @@ class Backplane:
 
     @property
     def connected(self) -> bool:
+        """Whether messages can be sent to other relays."""
         return self.nats is not None and bool(self.nats.is_connected)
 
     def gauges(self) -> dict[str, float]:
