@@ -321,7 +321,11 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     decoder = _strict_decoder
     if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text):
         decoder = _decoder
-    data = decoder.decode(text)
+    # Faster than `decode`, whose search for white space takes as long as a third of the rest.
+    text = text.strip(' \t\n\r')
+    data, end = decoder.raw_decode(text)
+    if end < len(text):
+        raise json.JSONDecodeError('Extra data', text, end)
     if not isinstance(data, dict):
         raise ValueError('a message must be a JSON object')
     return data
@@ -696,10 +700,10 @@ class RelayServer:
                 client.response_type = error.response_type
             self._refuse(client, str(error))
             return None
-        if isinstance(message, ServerRegistration):
-            return self._register(client, message)
         if isinstance(message, PeerConnection):
             self._connect(client, message, text)
+        elif isinstance(message, ServerRegistration):
+            return self._register(client, message)
         else:
             self._refuse(client, 'only the relay sends responses')
         return None
@@ -1262,13 +1266,10 @@ class Connection:
     def _on_frame(self, frame: Frame) -> None:
         if frame.opcode not in (TEXT, BINARY, CONT):
             self.flush()  # the protocol answers pings and closes
-        if self.protocol.state is not OPEN:
-            return
-        if frame.opcode in (TEXT, BINARY, CONT):
+        elif self.is_open:
             self._on_data(frame)
-        # The connection may have been closed because of this message.
-        wait = self.relay.pace(self.client, len(frame.data)) if self.is_open else 0
-        if wait > 0:
+        wait = self.relay.pace(self.client, len(frame.data))
+        if wait and self.is_open:  # not closed, for example because of this message
             self.pause(RATE_LIMIT)
             self.rate_timer = self.loop.call_later(wait, self.resume, RATE_LIMIT)
 
