@@ -118,6 +118,7 @@ STRICT_DECODE = 2**12  # characters; in shorter texts, the decoder checks each n
 # Seconds.
 REGISTER_TIMEOUT = 30  # for a client to register
 MESSAGE_TIMEOUT = 30  # from the first byte of a message to its last
+BURST = 0.1  # burst allowance: as many messages as at the full rate in this time
 TAKEOVER_TIMEOUT = 0.5  # for a displaced connection to close; it may be dead and another waits
 STOP_TIMEOUT = 12  # for the relay to stop, even if clients do not close
 STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; it is answered with 503
@@ -131,7 +132,6 @@ FIGHT_INTERVAL = 60  # between warnings about two clients that displace each oth
 
 # Numbers.
 RATE = 500  # messages a second of one client; peers that connect exchange a dozen
-BURST = 0.1  # burst allowance, in seconds at the full rate
 FIGHT = 3  # takeovers of one UUID within FIGHT_INTERVAL before a warning
 RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
 MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
@@ -609,8 +609,9 @@ class RelayServer:
                 text = await websocket.recv()
                 if client.link.is_open:
                     takeover = self.receive(client, text)
-                    # Without a takeover, let others have their turn.
-                    await (asyncio.wait({takeover}) if takeover else asyncio.sleep(0))
+                    if takeover is not None:
+                        await asyncio.wait({takeover})
+                    # Even if it is for no time: others have their turn then.
                     await asyncio.sleep(self.pace(client, len(text)))
         except ConnectionClosed as closed:
             error = closed
@@ -674,7 +675,7 @@ class RelayServer:
         if reason.startswith(INCOMPLETE):
             kind = 'incomplete'
         if kind is not None:
-            self.log_refusal(kind, client.uuid and client, client, f'{reason} ({code})')
+            self._log_client_refusal(kind, client, f'{reason} ({code})')
         if reason == PING_TIMEOUT:
             self.counts['pings_unanswered'] += 1
         return f'closed by the relay with {code}' + (f': {reason}' if reason else '')
@@ -719,13 +720,13 @@ class RelayServer:
     def _register(
         self, client: Client, request: ServerRegistration
     ) -> asyncio.Future[None] | None:
-        holder = self._uuid_to_client.get((client.user, request.uuid))
         if client.uuid == request.uuid:
             self._send(client, ServerResponse(message_type=client.response_type))
         elif client.uuid is not None:
             self._refuse(client, f'this connection is already registered as {client.uuid}')
         else:
             client.registration_order = next(self._registration_order)
+            holder = self._uuid_to_client.get((client.user, request.uuid))
             if holder is not None:
                 return self._take_over(holder, client, request)
             self._admit(client, request)
@@ -870,8 +871,7 @@ class RelayServer:
 
     def _refuse(self, client: Client, reason: str) -> None:
         """Answer a text that is not a valid message, or not allowed now, with the reason."""
-        # Unregistered clients share one source: they can reconnect as often as they like.
-        self.log_refusal('malformed', client.uuid and client, client, reason)
+        self._log_client_refusal('malformed', client, reason)
         self._send(client, ServerResponse(False, reason, True, client.response_type))
 
     # Operations.
@@ -885,6 +885,11 @@ class RelayServer:
             logged = now
             logger.warning('Refused %s: %s (%d refusals so far)', who, reason, count + 1)
         self.refusal_log[source] = (logged, count + 1)
+
+    def _log_client_refusal(self, kind: str, client: Client, reason: str) -> None:
+        # Unregistered clients share one source: they can reconnect as often as they like.
+        source = 'unregistered' if client.uuid is None else client
+        self.log_refusal(kind, source, client, reason)
 
     def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
         """Read tokens and certificate again, both or neither. Close clients without a token."""
@@ -974,9 +979,8 @@ class TlsSession:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.established = False
-        self.overhead_bytes = (
-            0  # of the handshake, then of what OpenSSL sent by itself; at most TLS_RECORD
-        )
+        # Of the handshake, then of what OpenSSL sent by itself. At most TLS_RECORD.
+        self.overhead_bytes = 0
         self.ended = False  # by the client, or by an error
 
     def decrypt(self, data: memoryview, plain: bytearray) -> None:
@@ -1481,9 +1485,7 @@ class Listener:
         # Connections with a long message, which take turns, one at a time.
         self.turns = deque[Connection]()
         self.turn_timer: asyncio.Handle | None = None
-        # What is buffered, in all and by whom.
-        self.buffered_bytes = 0
-        self.buffering: dict[Connection, None] = {}
+        self.buffered_bytes = 0  # of all connections
 
     # Accepting.
 
@@ -1604,12 +1606,8 @@ class Listener:
         """Note how many bytes a connection buffers. Over the limit, close those with the most."""
         self.buffered_bytes += held - connection.counted_bytes
         connection.counted_bytes = held
-        if held:
-            self.buffering[connection] = None
-        else:
-            self.buffering.pop(connection, None)
         while self.buffered_bytes > MAX_BUFFERED:
-            largest = max(self.buffering, key=lambda c: c.counted_bytes)
+            largest = max(self.connections, key=lambda c: c.counted_bytes)
             reason = f'out of memory: {largest.counted_bytes} bytes buffered'
             self.relay.log_refusal('out_of_memory', 'memory', largest.client, reason)
             if largest.output:  # a close frame would have to wait behind it
