@@ -2836,7 +2836,7 @@ async def is_refused(program, pair):
     """See that the program tells in a line why it does not upgrade, and that it goes on."""
     count = len(program.log.read_text().splitlines())
     line = await program.signal(signal.SIGUSR2, 'Upgrade failed')
-    assert line.startswith('Upgrade failed, the running version goes on: ')
+    assert line.startswith('Upgrade failed, keeping the running version: ')
     assert line.isprintable() and len(line) < 700
     await exchange(*pair)
     lines = program.log.read_text().splitlines()[count:]
@@ -6698,7 +6698,7 @@ async def join(talk):
     talk.clients.append(Talker(websocket, talk))
     request = ServerRegistration('', talk.clients[-1].uuid, f'{talk.generation}_registration')
     answer = ServerResponse(message_type=f'{talk.generation}_response')
-    await relay.deliver(request, websocket, websocket, answer)
+    await relay.expect(request, websocket, websocket, answer)
 
 
 async def begin(talk):
