@@ -63,11 +63,11 @@ import resource
 import signal
 import socket
 import ssl
-import stat
 import sys
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Callable, NamedTuple, Optional, TextIO, get_type_hints
@@ -1666,7 +1666,7 @@ class Listener:
 # cannot hand over its state. Handshakes are dropped.
 
 # How the state may change: a new key needs a default for states without it; older versions ignore
-# it. Any other change needs a new number: a state with another number is not read.
+# it. Any other change needs a new number: then the trial fails, and the relay needs a restart.
 STATE_VERSION = 1
 TRIAL, STATE_FD = 'RELAY_TRIAL', 'RELAY_STATE_FD'  # environment variables
 UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
@@ -1676,7 +1676,7 @@ CLIENT_STATE = 'name', 'user', 'address', 'response_type', 'registration_order' 
 async def try_new_code() -> None:
     """Run the new code until just before it would listen. Raises StartError if it fails."""
     pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    environment = {**os.environ, TRIAL: '1'}
+    environment = {**os.environ, TRIAL: str(STATE_VERSION)}
     # `systemctl kill` sends USR2 to the child too, which inherits that it is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
     child = await asyncio.create_subprocess_exec(
@@ -1698,9 +1698,9 @@ async def try_new_code() -> None:
         raise StartError(reason or f'the new version exits with status {child.returncode}')
 
 
-async def prepare_upgrade(relay: RelayServer, listeners: list[Listener]) -> int:
+async def prepare_upgrade(listeners: list[Listener]) -> int:
     """Close or finish what cannot be handed over. Return how many clients were closed."""
-    encrypted: list[Connection] = []
+    relay, encrypted = listeners[0].relay, list[Connection]()
     for listener in listeners:
         listener.stop_accepting()
         for connection in list(listener.connections):
@@ -1726,14 +1726,11 @@ async def prepare_upgrade(relay: RelayServer, listeners: list[Listener]) -> int:
     return len([connection for connection in encrypted if connection.opened])
 
 
-def execute_new_code(
-    relay: RelayServer, listeners: list[Listener], began: float, closed: int
-) -> None:
+def execute_new_code(listeners: list[Listener], began: float, closed: int) -> None:
     """Write the state and execute the new code. Raises OSError if that fails."""
-    sockets = [listener.sockets for listener in listeners]
+    relay, sockets = listeners[0].relay, [listener.sockets for listener in listeners]
     connections = [c for c in listeners[0].connections if c.opened and c.tls is None]
     header = {
-        'version': STATE_VERSION,
         'relay_version': __version__,
         'began': began,
         'closed': closed,
@@ -1753,9 +1750,7 @@ def execute_new_code(
         os.execve(sys.executable, command_line(), environment)
 
 
-async def upgrade_on_request(
-    request: asyncio.Event, relay: RelayServer, listeners: list[Listener]
-) -> None:
+async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) -> None:
     """Upgrade whenever the event is set. This task is cancelled when the relay stops."""
     while True:
         request.clear()  # a request during an upgrade is ignored
@@ -1764,12 +1759,13 @@ async def upgrade_on_request(
             began = time.monotonic()
             await try_new_code()
             notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
-            closed = await prepare_upgrade(relay, listeners)
-            execute_new_code(relay, listeners, began, closed)
+            closed = await prepare_upgrade(listeners)
+            execute_new_code(listeners, began, closed)
         except Exception as error:
             logger.error('Upgrade failed, keeping the running version: %s', error)
-            if relay.backplane is not None:
-                relay.backplane.start()
+            backplane = listeners[0].relay.backplane
+            if backplane is not None:
+                backplane.start()
             notify('READY=1')
         finally:  # still here, so the new code was not executed
             signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
@@ -1855,7 +1851,6 @@ class Handover(NamedTuple):
                 except Exception as error:
                     closed += 1
                     logger.error('A client was lost in the upgrade: %r', error)
-        close_inherited_sockets()
         relay.close_revoked()
         versions = f'{header["relay_version"]} to {__version__}'
         seconds, kept = time.monotonic() - header['began'], len(relay._websocket_to_client)
@@ -1866,27 +1861,12 @@ class Handover(NamedTuple):
 
 
 def receive_handover() -> Handover | None:
-    """Return the state, or None if this is no upgrade or if the state has another format."""
+    """Return the state that the old code has left, or None if this is not an upgrade."""
     fd = os.environ.pop(STATE_FD, None)
     if fd is None:
         return None
-    file = open(int(fd), encoding='utf-8')
-    header = json.loads(next(file))
-    if header['version'] == STATE_VERSION:
-        return Handover(header, file)  # `restore` closes it
-    file.close()
-    text = 'Upgraded without the clients, their state cannot be read: its format is %s, not %s'
-    logger.error(text, header['version'], STATE_VERSION)
-    close_inherited_sockets()
-    return None
-
-
-def close_inherited_sockets() -> None:
-    """Close inherited sockets that are not used: their clients would wait forever."""
-    for fd in map(int, os.listdir('/proc/self/fd')):
-        with contextlib.suppress(OSError):
-            if fd > 2 and os.get_inheritable(fd) and stat.S_ISSOCK(os.fstat(fd).st_mode):
-                os.close(fd)
+    file = open(int(fd), encoding='utf-8')  # `restore` closes it
+    return Handover(json.loads(next(file)), file)
 
 
 # ------------------------------------------------------------------------------- Operations
@@ -1975,18 +1955,6 @@ def beat(relay: RelayServer) -> None:
     asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
 
 
-class LogFormatter(logging.Formatter):
-    """Formats a line for a file or a terminal; the time only once a second, to be fast."""
-
-    second, text = 0, ''
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """Return the local time of a record, to the second."""
-        if int(record.created) != self.second:
-            self.second, self.text = int(record.created), super().formatTime(record, datefmt)
-        return self.text
-
-
 class JournalFormatter(logging.Formatter):
     """Formats a line for the journal: after its level, without the time."""
 
@@ -1996,10 +1964,10 @@ class JournalFormatter(logging.Formatter):
         return '\n'.join(f'<{LEVELS[record.levelname]}>{line}' for line in lines)
 
 
-def is_journal(fd: int) -> bool:
-    """Return whether a descriptor leads to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
-    with contextlib.suppress(OSError):  # it is closed
-        status = os.fstat(fd)
+def is_journal() -> bool:
+    """Return whether standard output goes to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):  # it may be closed
+        status = os.fstat(1)
         return os.environ.get('JOURNAL_STREAM') == f'{status.st_dev}:{status.st_ino}'
     return False
 
@@ -2017,12 +1985,10 @@ def configure_logging(log_dir: str | None, level: str) -> None:
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
         except OSError as error:
             raise StartError(f'cannot log to {path}: {error.strerror}') from error
-    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-    for handler in handlers:
-        handler.setFormatter(LogFormatter(line, '%Y-%m-%d %H:%M:%S'))
-    if is_journal(1):
+    if is_journal():
         handlers[0].setFormatter(JournalFormatter('%(message)s'))
-    logging.basicConfig(level=level, handlers=handlers)
+    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    logging.basicConfig(format=line, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     # Do not collect what no format shows (logging HOWTO, section Optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -2384,6 +2350,9 @@ async def serve(
 
     Raises StartError if a file cannot be used or if it cannot listen on an address.
     """
+    # A thread that looks up a name must not receive the signals that an upgrade blocks.
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block))
     relay = relay or RelayServer()
     tls = None
     if certfile is not None:
@@ -2392,37 +2361,32 @@ async def serve(
         relay.backplane = Backplane(relay, nats, nats_credentials)
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
     if TRIAL in os.environ:
+        if os.environ[TRIAL] != str(STATE_VERSION):
+            raise StartError('this version cannot take over the clients; restart the relay')
         return
     handover = receive_handover()
-    # Several relays of one machine can share a port if NATS links them.
-    listeners = await _listen(relay.listener, host, port, bool(nats), metrics_port, handover)
-    await _run(relay, listeners, handover, partial(relay.reload, tls, certfile or '', keyfile))
+    listeners = await _listen(relay.listener, host, port, metrics_port, handover)
+    await _run(listeners, handover, partial(relay.reload, tls, certfile or '', keyfile))
 
 
 async def _listen(
-    clients: Listener,
-    host: str,
-    port: int,
-    reuse_port: bool,
-    metrics_port: int | None,
-    handover: Handover | None,
+    clients: Listener, host: str, port: int, metrics_port: int | None, handover: Handover | None
 ) -> list[Listener]:
-    """Listen for clients and, on this machine only, for Prometheus."""
-    inherited = [(), ()] if handover is None else handover.header['sockets']
-    await clients.listen(host, port, reuse_port=reuse_port, inherited=inherited[0])
+    relay, inherited = clients.relay, [(), ()]
+    if handover is not None:
+        inherited = handover.header['sockets']
+    # Several relays of one machine can share a port if NATS links them.
+    shared = relay.backplane is not None
+    await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
     if metrics_port is None:
         return [clients]
-    relay = clients.relay
     own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
     await own.listen('127.0.0.1', metrics_port, inherited=inherited[1])
     return [clients, own]
 
 
 async def _run(
-    relay: RelayServer,
-    listeners: list[Listener],
-    handover: Handover | None,
-    reload: Callable[[], None],
+    listeners: list[Listener], handover: Handover | None, reload: Callable[[], None]
 ) -> None:
     loop, stop, upgrade = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGINT, stop.set)
@@ -2431,30 +2395,31 @@ async def _run(
     loop.add_signal_handler(signal.SIGUSR2, upgrade.set)
     # An upgrade blocks them until they have handlers.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
-    upgrading = asyncio.ensure_future(upgrade_on_request(upgrade, relay, listeners))
+    upgrading = asyncio.ensure_future(upgrade_on_request(upgrade, listeners))
     if handover is not None:
         handover.restore(listeners[0])
     else:
-        _log_start(relay, listeners)
-    beat(relay)
+        _log_start(listeners)
+    beat(listeners[0].relay)
     notify('READY=1')
     await stop.wait()
     upgrading.cancel()
-    await _stop(relay, listeners)
+    await _stop(listeners)
 
 
-def _log_start(relay: RelayServer, listeners: list[Listener]) -> None:
+def _log_start(listeners: list[Listener]) -> None:
     for what, listener in zip(('relay server', 'metrics'), listeners):
         for sock in listener.sockets:
             logger.info('Serving %s on %s', what, address_of(sock.getsockname()))
-    if relay.tokens is None:
+    if listeners[0].relay.tokens is None:
         logger.warning('No --token-file: anyone who can reach this relay can use it')
 
 
-async def _stop(relay: RelayServer, listeners: list[Listener]) -> None:
+async def _stop(listeners: list[Listener]) -> None:
     notify('STOPPING=1')
-    if relay.backplane is not None:
-        await relay.backplane.close()
+    backplane = listeners[0].relay.backplane
+    if backplane is not None:
+        await backplane.close()
     for listener in listeners:
         listener.close()
     closed = [asyncio.ensure_future(listener.closed.wait()) for listener in listeners]
@@ -2550,7 +2515,7 @@ def explain(error: Exception) -> str:
 
 async def exchange(url: str, other_url: str, generation: str) -> str:
     """Register two clients, send an offer and an answer; return how long these took."""
-    async with await _open(url) as one, await _open(other_url) as other:
+    async with await _open_websocket(url) as one, await _open_websocket(other_url) as other:
         uuids = {one: uuid4(), other: uuid4()}
         for websocket, uuid in uuids.items():
             request = ServerRegistration('check', uuid, f'{generation}_registration')
@@ -2568,7 +2533,7 @@ async def exchange(url: str, other_url: str, generation: str) -> str:
         return f'{result} (certificate valid for {days:.0f} more days)'
 
 
-async def _open(url: str) -> Any:
+async def _open_websocket(url: str) -> Any:
     from websockets.asyncio.client import connect
 
     # Version 15 and later would use `https_proxy`, even for localhost; 14 has no such parameter.
@@ -2627,28 +2592,23 @@ def _parser() -> argparse.ArgumentParser:
     port, positive = partial(_integer, most=65535), partial(_integer, least=1)
     seconds = partial(_integer, most=86_400)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
-    add('--port', default=8765, type=port, help='port to listen on, 0 for any (%(default)s)')
-    add(
-        '--certfile',
-        metavar='PATH',
-        help='serve TLS (wss://) with this certificate, in PEM format',
-    )
+    add('--port', default=8765, type=port, help='port, 0 for any free one (%(default)s)')
+    add('--certfile', metavar='PATH', help='serve TLS (wss://) with this certificate (PEM)')
     add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
     add('--token-file', metavar='PATH', help='require a token from this file of user:token lines')
     origin = 'accept only web pages of this origin; repeatable (any)'
     add('--allow-origin', action='append', metavar='ORIGIN', help=origin)
-    clients = 'most clients at once (the limit of open files less 64)'
+    clients = 'maximum number of clients (the limit of open files less 64)'
     add('--max-clients', type=positive, metavar='N', help=clients)
-    message = 'length of the longest message (%(default)s)'
+    message = 'maximum length of a message (%(default)s)'
     add('--max-message', default=MAX_MESSAGE, type=positive, metavar='BYTES', help=message)
     rate = 'messages per second that each client may send, 0 for no limit (%(default)s)'
     add('--rate', default=RATE, type=_integer, metavar='N', help=rate)
     ping = 'time between pings, 0 for none (%(default)s)'
     add('--ping-interval', default=30, type=seconds, metavar='SECONDS', help=ping)
     add('--metrics-port', type=port, metavar='PORT', help='serve Prometheus metrics on 127.0.0.1')
-    add(
-        '--log-dir', metavar='PATH', help='also log to server.log in this folder, anew each Monday'
-    )
+    folder = 'also log to server.log in this folder, a new file each Monday'
+    add('--log-dir', metavar='PATH', help=folder)
     level = 'log messages of this level and above (%(default)s)'
     add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help=level)
     nats = 'share clients with other relays over this NATS server; repeatable'
