@@ -2366,29 +2366,31 @@ async def serve(
         return
     handover = receive_handover()
     listeners = await _listen(relay.listener, host, port, metrics_port, handover)
-    await _run(listeners, handover, partial(relay.reload, tls, certfile or '', keyfile))
+    reload = partial(relay.reload, tls, certfile or '', keyfile)
+    await _run_until_stopped(listeners, handover, reload)
 
 
 async def _listen(
     clients: Listener, host: str, port: int, metrics_port: int | None, handover: Handover | None
 ) -> list[Listener]:
-    relay, inherited = clients.relay, [(), ()]
-    if handover is not None:
-        inherited = handover.header['sockets']
+    """Listen for clients and for Prometheus; after an upgrade, on the inherited sockets."""
+    relay = clients.relay
+    inherited = [(), ()] if handover is None else handover.header['sockets']
     # Several relays of one machine can share a port if NATS links them.
     shared = relay.backplane is not None
     await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
     if metrics_port is None:
         return [clients]
-    own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
-    await own.listen('127.0.0.1', metrics_port, inherited=inherited[1])
-    return [clients, own]
+    scrapes = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
+    await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])
+    return [clients, scrapes]
 
 
-async def _run(
+async def _run_until_stopped(
     listeners: list[Listener], handover: Handover | None, reload: Callable[[], None]
 ) -> None:
-    loop, stop, upgrade = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    stop, upgrade = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGHUP, reload)
