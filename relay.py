@@ -1670,15 +1670,24 @@ class Listener:
 STATE_VERSION = 1
 TRIAL, STATE_FD = 'RELAY_TRIAL', 'RELAY_STATE_FD'  # environment variables
 UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
-CLIENT_STATE = 'name', 'user', 'address', 'response_type', 'registration_order'  # kept as they are
+CLIENT_STATE = 'name', 'user', 'address', 'response_type'  # handed over as they are
+
+
+async def block_signals() -> None:
+    """Block signals, and handle those that have arrived: SIGTERM cancels the current task."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    # It takes asyncio four turns of its loop to read a signal from a pipe, call the handler, wake
+    # up the task that waits for a stop, and deliver the cancellation.
+    for _ in range(4):
+        await asyncio.sleep(0)
 
 
 async def try_new_code() -> None:
     """Run the new code until just before it would listen. Raises StartError if it fails."""
     pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     environment = {**os.environ, TRIAL: str(STATE_VERSION)}
-    # `systemctl kill` sends USR2 to the child too, which inherits that it is blocked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    # The child inherits that they are blocked: `systemctl kill` sends USR2 to it as well.
+    await block_signals()
     child = await asyncio.create_subprocess_exec(
         *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
     )
@@ -1714,15 +1723,10 @@ async def prepare_upgrade(listeners: list[Listener]) -> int:
     deadline = time.monotonic() + DRAIN_TIMEOUT
     while time.monotonic() < deadline and any(c in c.server.connections for c in encrypted):
         await asyncio.sleep(DRAIN_TIMEOUT / 10)
-    # From here on, signals wait for the new code, and takeovers do not wait any longer.
-    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
     for client in list(relay._websocket_to_client.values()):
         if client.closed is not None:
-            client.closed.cancel()
-    # An earlier SIGTERM cancels this task within four turns of the loop, in which asyncio reads
-    # the signal from a pipe, calls its handler, wakes up `serve`, and delivers the cancellation.
-    for _ in range(4):
-        await asyncio.sleep(0)
+            client.closed.cancel()  # a takeover does not wait any longer
+    await block_signals()  # from here on, they wait for the new code
     return len([connection for connection in encrypted if connection.opened])
 
 
@@ -1738,7 +1742,6 @@ def execute_new_code(listeners: list[Listener], began: float, closed: int) -> No
         'started': relay.started,
         'counts': relay.counts,
         'refusal_counts': relay.refusal_counts,
-        'registration_order': next(relay._registration_order),
     }
     for sock in [*itertools.chain(*sockets), *(c.sock for c in connections)]:
         sock.set_inheritable(True)
@@ -1843,7 +1846,6 @@ class Handover(NamedTuple):
         relay.started = header['started']
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
-        relay._registration_order = itertools.count(header['registration_order'])
         with self.file:
             for line in self.file:  # all at once may not fit into memory
                 try:
@@ -2406,6 +2408,7 @@ async def _run_until_stopped(
     notify('READY=1')
     await stop.wait()
     upgrading.cancel()
+    await asyncio.wait({upgrading})
     await _stop(listeners)
 
 
