@@ -1674,12 +1674,18 @@ CLIENT_STATE = 'name', 'user', 'address', 'response_type'  # handed over as they
 
 
 async def block_signals() -> None:
-    """Block signals, and handle those that have arrived: SIGTERM cancels the current task."""
+    """Block signals. Those that arrived before are handled: SIGTERM cancels the upgrade."""
     signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
     # It takes asyncio four turns of its loop to read a signal from a pipe, call the handler, wake
     # up the task that waits for a stop, and deliver the cancellation.
     for _ in range(4):
         await asyncio.sleep(0)
+
+
+def command_line() -> list[str]:
+    """Return the command that started this process, with the full path of the interpreter."""
+    with open('/proc/self/cmdline', 'rb') as file:  # sys.orig_argv, but on Python 3.9 too
+        return [sys.executable, *map(os.fsdecode, file.read().split(b'\0')[1:-1])]
 
 
 async def try_new_code() -> None:
@@ -1709,7 +1715,8 @@ async def try_new_code() -> None:
 
 async def prepare_upgrade(listeners: list[Listener]) -> int:
     """Close or finish what cannot be handed over. Return how many clients were closed."""
-    relay, encrypted = listeners[0].relay, list[Connection]()
+    relay = listeners[0].relay
+    encrypted: list[Connection] = []
     for listener in listeners:
         listener.stop_accepting()
         for connection in list(listener.connections):
@@ -1730,6 +1737,30 @@ async def prepare_upgrade(listeners: list[Listener]) -> int:
     return len([connection for connection in encrypted if connection.opened])
 
 
+def save_connection(connection: Connection) -> dict[str, Any]:
+    """Return the state of a connection, which JSON can represent. Flushes the connection first."""
+    connection.flush()
+    client, backplane = connection.client, connection.relay.backplane
+    timer = client.registration_timer
+    data = bytes(connection.input)
+    if connection.opcode is not None:  # the fragments of an unfinished message, as one fragment
+        fragment = Frame(connection.opcode, bytes(connection.fragments), fin=False)
+        data = fragment.serialize(mask=True) + data
+    return {
+        **{name: getattr(client, name) for name in CLIENT_STATE},
+        'uuid': None if client.uuid is None else str(client.uuid),
+        'token_hash': client.token_hash.hex(),
+        'seconds_to_register': None if timer is None else timer.when() - connection.loop.time(),
+        'claim': None if backplane is None else backplane.claims.get(client),
+        'fd': connection.sock.fileno(),
+        'remote_address': connection.remote_address,
+        'is_open': connection.is_open,
+        'finished': connection.finished,
+        'input': base64.b64encode(data).decode(),
+        'output': base64.b64encode(connection.output).decode(),
+    }
+
+
 def execute_new_code(listeners: list[Listener], began: float, closed: int) -> None:
     """Write the state and execute the new code. Raises OSError if that fails."""
     relay, sockets = listeners[0].relay, [listener.sockets for listener in listeners]
@@ -1743,11 +1774,12 @@ def execute_new_code(listeners: list[Listener], began: float, closed: int) -> No
         'counts': relay.counts,
         'refusal_counts': relay.refusal_counts,
     }
-    for sock in [*itertools.chain(*sockets), *(c.sock for c in connections)]:
+    for sock in itertools.chain(*sockets, (c.sock for c in connections)):
         sock.set_inheritable(True)
     with open(os.memfd_create('relay-state', 0), 'w+', encoding='utf-8') as file:
-        for state in itertools.chain([header], map(save_connection, connections)):
-            file.write(json.dumps(state) + '\n')
+        file.write(json.dumps(header) + '\n')
+        for connection in connections:
+            file.write(json.dumps(save_connection(connection)) + '\n')
         file.seek(0)
         environment = {**os.environ, STATE_FD: str(file.fileno())}
         os.execve(sys.executable, command_line(), environment)
@@ -1776,36 +1808,6 @@ async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) 
                 listener.start_accepting()
                 for connection in list(listener.connections):
                     connection.resume(UPGRADING)
-
-
-def command_line() -> list[str]:
-    """Return the command that started this process, with the full path of the interpreter."""
-    with open('/proc/self/cmdline', 'rb') as file:  # sys.orig_argv, but on Python 3.9 too
-        return [sys.executable, *map(os.fsdecode, file.read().split(b'\0')[1:-1])]
-
-
-def save_connection(connection: Connection) -> dict[str, Any]:
-    """Return the state of a connection, which JSON can represent. Flushes the connection first."""
-    connection.flush()
-    client, backplane = connection.client, connection.relay.backplane
-    timer = client.registration_timer
-    data = bytes(connection.input)
-    if connection.opcode is not None:  # the fragments of an unfinished message, as one fragment
-        fragment = Frame(connection.opcode, bytes(connection.fragments), fin=False)
-        data = fragment.serialize(mask=True) + data
-    return {
-        **{name: getattr(client, name) for name in CLIENT_STATE},
-        'uuid': None if client.uuid is None else str(client.uuid),
-        'token_hash': client.token_hash.hex(),
-        'seconds_to_register': None if timer is None else timer.when() - connection.loop.time(),
-        'claim': None if backplane is None else backplane.claims.get(client),
-        'fd': connection.sock.fileno(),
-        'remote_address': connection.remote_address,
-        'is_open': connection.is_open,
-        'finished': connection.finished,
-        'input': base64.b64encode(data).decode(),
-        'output': base64.b64encode(connection.output).decode(),
-    }
 
 
 def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
@@ -1842,10 +1844,11 @@ class Handover(NamedTuple):
 
     def restore(self, listener: Listener) -> None:
         """Continue all connections and counters, and log how that went."""
-        relay, header, closed = listener.relay, self.header, self.header['closed']
+        relay, header = listener.relay, self.header
         relay.started = header['started']
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
+        closed = header['closed']
         with self.file:
             for line in self.file:  # all at once may not fit into memory
                 try:
