@@ -897,7 +897,8 @@ class RelayServer:
             return
         finally:
             notify('READY=1')
-        self.tokens = tokens
+        if tokens is not None:
+            self.tokens = tokens
         self.close_revoked()
         logger.info('Reloaded')
 
@@ -2351,7 +2352,7 @@ async def serve(
     nats: list[str] | None = None,
     nats_credentials: str | None = None,
 ) -> None:
-    """Serve a relay until SIGINT or SIGTERM. SIGHUP reloads, SIGUSR2 upgrades.
+    """Serve a relay until SIGINT or SIGTERM. SIGHUP reloads its files, SIGUSR2 upgrades it.
 
     Raises StartError if a file cannot be used or if it cannot listen on an address.
     """
@@ -2367,7 +2368,7 @@ async def serve(
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
     if TRIAL in os.environ:
         if os.environ[TRIAL] != str(STATE_VERSION):
-            raise StartError('this version cannot take over the clients; restart the relay')
+            raise StartError('it cannot continue the running version; restart the relay')
         return
     handover = receive_handover()
     listeners = await _listen(relay.listener, host, port, metrics_port, handover)
@@ -2468,7 +2469,6 @@ STATUS_HINTS = {  # where to look if this HTTP status is received in place of a 
     426: 'a proxy in front of the relay does not pass on the Upgrade header',
     **dict.fromkeys((502, 503, 504), 'a proxy answers, but the relay behind it does not'),
 }
-CERTIFICATE_HINT = 'check --certfile and the address; if it is self-signed, set SSL_CERT_FILE'
 
 
 async def check(url: str, other_url: str | None = None) -> str:
@@ -2506,7 +2506,8 @@ def explain(error: Exception) -> str:
         status = error.response.status_code
         return f'HTTP {status}; {STATUS_HINTS.get(status, "there is no relay at this address")}'
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f'{error.verify_message}; {CERTIFICATE_HINT}'
+        hint = 'check --certfile and the address; if it is self-signed, set SSL_CERT_FILE'
+        return f'{error.verify_message}; {hint}'
     if isinstance(error, ConnectionClosed):
         return f'closed: {error}; see the log of the relay'
     if isinstance(error, MessageDecodeError):
@@ -2575,10 +2576,12 @@ async def expect(message: Message, source: Any, peer: Any, expected: Message) ->
 
 
 # ------------------------------------------------------------------------------- Command line
+#
+# The options, and what the program does with them.
 
 
 def _integer(text: str, least: int = 0, most: int = 10**9) -> int:
-    if text.isdecimal() and len(text) < 12 and least <= int(text) <= most:
+    if text.isdecimal() and least <= int(text) <= most:
         return int(text)
     raise argparse.ArgumentTypeError(f'{shown(text)} is not a number from {least} to {most:,}')
 
@@ -2678,7 +2681,7 @@ def _run_relay(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the relay or a check. Return the exit status."""
     options = _parse(argv)
-    # A reload or an upgrade must not kill a relay that starts.
+    # A reload or an upgrade must not kill a relay that is starting.
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
