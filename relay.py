@@ -2368,7 +2368,7 @@ async def serve(
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
     if TRIAL in os.environ:
         if os.environ[TRIAL] != str(STATE_VERSION):
-            raise StartError('it cannot continue the running version; restart the relay')
+            raise StartError('the new version cannot take over the clients; restart the relay')
         return
     handover = receive_handover()
     listeners = await _listen(relay.listener, host, port, metrics_port, handover)
