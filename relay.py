@@ -63,11 +63,11 @@ import resource
 import signal
 import socket
 import ssl
-import stat
 import sys
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any, Callable, NamedTuple, Optional, TextIO, get_type_hints
@@ -895,18 +895,18 @@ class RelayServer:
         """Read tokens and certificate again, both or neither. Close clients without a token."""
         notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
         try:
-            tokens = self._token_file and read_tokens(self._token_file)
+            tokens = None if self._token_file is None else read_tokens(self._token_file)
             if tls is not None:
                 # A key that does not match would break the context in use: try another first.
                 tls_context(certfile, keyfile)
                 self.certificate_expiry = expiry_of(certfile)
-                tls.load_cert_chain(certfile, keyfile, password=no_password)
+                tls.load_cert_chain(certfile, keyfile, password='')
         except (StartError, OSError, ValueError, IndexError) as error:
             logger.error('Reload failed, keeping the old configuration: %s', error)
             return
         finally:
             notify('READY=1')
-        if tokens:
+        if tokens is not None:
             self.tokens = tokens
         self.close_revoked()
         logger.info('Reloaded')
@@ -1659,257 +1659,219 @@ class Listener:
 
 # ------------------------------------------------------------------------------- Upgrade
 #
-# `kill -USR2` replaces the running code by the relay.py on disk, in the same process. Clients on
-# ws:// stay connected. First, a child process shows that the new code starts with these
-# options. Then the state is written to a file in memory, one JSON text a line, and the process
-# executes the new code, which inherits all sockets. TLS connections are closed with 1012, because
-# what OpenSSL knows about them cannot be handed over. Handshakes are dropped.
+# `kill -USR2` replaces the running code with the relay.py on disk, in the same process. First, a
+# child process shows that the new code starts with these options. Then the state is written to a
+# file in memory, one JSON text per line, and the process executes the new code, which inherits all
+# sockets. Clients on ws:// stay connected. TLS connections are closed with 1012, because OpenSSL
+# cannot hand over its state. Handshakes are dropped.
 
 # How the state may change: a new key needs a default for states without it; older versions ignore
-# it. Any other change needs a new number: a state with another number is not read.
+# it. Any other change needs a new number: then the trial fails, and the relay needs a restart.
 STATE_VERSION = 1
 TRIAL, STATE_FD = 'RELAY_TRIAL', 'RELAY_STATE_FD'  # environment variables
 UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+CLIENT_STATE = 'name', 'user', 'address', 'response_type'  # handed over as they are
 
 
-class Upgrader:
-    """The old code's part in an upgrade. Nothing happens once `stop` is set."""
-
-    def __init__(self, relay: RelayServer, listeners: list[Listener], stop: asyncio.Event) -> None:
-        self.relay, self.listeners, self.stop = relay, listeners, stop
-        self.task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Start an upgrade, unless one is running or the relay stops."""
-        idle = self.task is None or self.task.done()
-        if self.listeners and idle and not self.stop.is_set():
-            self.task = asyncio.ensure_future(self._upgrade())
-
-    async def _upgrade(self) -> None:
-        try:
-            began = time.monotonic()
-            await self._try_new_code()
-            if self.stop.is_set():
-                return
-            notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
-            closed = await self._prepare()
-            if not self.stop.is_set():
-                self._execute({'began': began, 'closed': closed})
-        except Exception as error:
-            logger.error('Upgrade failed, the running version goes on: %s', error)
-        # Still here, so the new code was not executed.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
-        for listener in self.listeners:
-            listener.start_accepting()  # without effect on a closed listener, which has no sockets
-            for connection in list(listener.connections):
-                connection.resume(UPGRADING)
-        if not self.stop.is_set():
-            if self.relay.backplane is not None:
-                self.relay.backplane.start()
-            notify('READY=1')
-
-    async def _try_new_code(self) -> None:
-        """Run the new code until just before it would listen. Raises StartError if it fails."""
-        pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        environment = {**os.environ, TRIAL: '1'}
-        # The child inherits the blocked signals: `systemctl kill` sends USR2 to it as well.
-        signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
-        child = await asyncio.create_subprocess_exec(
-            *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
-        )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
-        try:
-            _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
-        except asyncio.TimeoutError:
-            raise StartError(f'the new version does not start in {TRIAL_TIMEOUT} s') from None
-        finally:  # the relay may stop meanwhile
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
-        if child.returncode != 0:
-            lines = [line for line in output.decode(errors='replace').split('\n') if line.strip()]
-            reason = f'the new version ends with status {child.returncode}'
-            # It may be anything: one line of the log, without codes for a terminal.
-            raise StartError(ascii(lines[-1].strip()[:MAX_REASON])[1:-1] if lines else reason)
-
-    async def _prepare(self) -> int:
-        """Let new connections wait, and close or complete what cannot be handed over.
-
-        Returns how many clients were closed.
-        """
-        for listener in self.listeners:
-            listener.stop_accepting()
-        connections = [connection for each in self.listeners for connection in each.connections]
-        encrypted = [connection for connection in connections if connection.tls is not None]
-        for connection in connections:
-            if connection.tls is None:
-                connection.pause(UPGRADING)
-            else:
-                connection.close(1012, 'the relay is being upgraded')
-        if self.relay.backplane is not None:
-            await self.relay.backplane.close(upgrading=True)
-        closed = sum(connection.opened for connection in encrypted)
-        deadline = time.monotonic() + DRAIN_TIMEOUT
-        while time.monotonic() < deadline and any(c in c.server.connections for c in encrypted):
-            await asyncio.sleep(DRAIN_TIMEOUT / 10)
-        # From here on, signals wait for the new code. Those before, and registrations that wait
-        # for a takeover, are handled in a few turns of the loop.
-        signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
-        for client in list(self.relay._websocket_to_client.values()):
-            if client.closed is not None:
-                client.closed.cancel()
-        for _ in range(4):
-            await asyncio.sleep(0)
-        return closed
-
-    def _execute(self, header: dict[str, Any]) -> None:
-        """Write the state and execute the new code. Raises OSError if that fails."""
-        relay, sockets = self.relay, [listener.sockets for listener in self.listeners]
-        connections = [c for c in list(self.listeners[0].connections) if c.opened and not c.tls]
-        header.update(
-            {
-                'version': STATE_VERSION,
-                'relay_version': __version__,
-                'sockets': [[sock.fileno() for sock in some] for some in sockets],
-                'started': relay.started,
-                'counts': relay.counts,
-                'refusal_counts': relay.refusal_counts,
-                'registration_order': next(relay._registration_order),
-            }
-        )
-        inherited = [sock for some in sockets for sock in some] + [c.sock for c in connections]
-        with open(os.memfd_create('relay-state', 0), 'w+', encoding='utf-8') as file:
-            try:
-                for line in itertools.chain([header], map(save_connection, connections)):
-                    file.write(json.dumps(line) + '\n')
-                file.seek(0)
-                for sock in inherited:
-                    sock.set_inheritable(True)
-                environment = {**os.environ, STATE_FD: str(file.fileno())}
-                os.execve(sys.executable, command_line(), environment)
-            finally:
-                for sock in inherited:
-                    sock.set_inheritable(False)
+async def block_signals() -> None:
+    """Block signals. Those that arrived before are handled: SIGTERM cancels the upgrade."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    # It takes asyncio four turns of its loop to read a signal from a pipe, call the handler, wake
+    # up the task that waits for a stop, and deliver the cancellation.
+    for _ in range(4):
+        await asyncio.sleep(0)
 
 
 def command_line() -> list[str]:
-    """Return the command that started this process, with the interpreter's whole path."""
+    """Return the command that started this process, with the full path of the interpreter."""
     with open('/proc/self/cmdline', 'rb') as file:  # sys.orig_argv, but on Python 3.9 too
         return [sys.executable, *map(os.fsdecode, file.read().split(b'\0')[1:-1])]
 
 
+async def try_new_code() -> None:
+    """Run the new code until just before it would listen. Raises StartError if it fails."""
+    pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    environment = {**os.environ, TRIAL: str(STATE_VERSION)}
+    # The child inherits that they are blocked: `systemctl kill` sends USR2 to it as well.
+    await block_signals()
+    child = await asyncio.create_subprocess_exec(
+        *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
+    )
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+    try:
+        _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
+    except asyncio.TimeoutError:
+        raise StartError(f'the new version does not start within {TRIAL_TIMEOUT} s') from None
+    finally:  # also if the relay stops in the meantime
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    if child.returncode != 0:
+        # The last line may be anything, even escape codes for a terminal.
+        last = output.decode(errors='replace').strip().rpartition('\n')[2].strip()
+        reason = ascii(last[:MAX_REASON])[1:-1]
+        raise StartError(reason or f'the new version exits with status {child.returncode}')
+
+
+async def prepare_upgrade(listeners: list[Listener]) -> int:
+    """Close or finish what cannot be handed over. Return how many clients were closed."""
+    relay = listeners[0].relay
+    encrypted: list[Connection] = []
+    for listener in listeners:
+        listener.stop_accepting()
+        for connection in list(listener.connections):
+            if connection.tls is None:
+                connection.pause(UPGRADING)
+            else:
+                encrypted.append(connection)
+                connection.close(1012, 'the relay is being upgraded')
+    if relay.backplane is not None:
+        await relay.backplane.close(upgrading=True)
+    deadline = time.monotonic() + DRAIN_TIMEOUT
+    while time.monotonic() < deadline and any(c in c.server.connections for c in encrypted):
+        await asyncio.sleep(DRAIN_TIMEOUT / 10)
+    for client in list(relay._websocket_to_client.values()):
+        if client.closed is not None:
+            client.closed.cancel()  # a takeover does not wait any longer
+    await block_signals()  # from here on, they wait for the new code
+    return len([connection for connection in encrypted if connection.opened])
+
+
 def save_connection(connection: Connection) -> dict[str, Any]:
-    """Return the state of a connection as plain values. Flushes it first."""
+    """Return the state of a connection, which JSON can represent. Flushes the connection first."""
     connection.flush()
     client, backplane = connection.client, connection.relay.backplane
-    data = bytes(connection.input)
-    if connection.opcode is not None:  # first, the fragments of an unfinished message as one
-        fragments = Frame(connection.opcode, bytes(connection.fragments), fin=False)
-        data = fragments.serialize(mask=True) + data
     timer = client.registration_timer
+    data = bytes(connection.input)
+    if connection.opcode is not None:  # the fragments of an unfinished message, as one fragment
+        fragment = Frame(connection.opcode, bytes(connection.fragments), fin=False)
+        data = fragment.serialize(mask=True) + data
     return {
+        **{name: getattr(client, name) for name in CLIENT_STATE},
+        'uuid': None if client.uuid is None else str(client.uuid),
+        'token_hash': client.token_hash.hex(),
+        'seconds_to_register': None if timer is None else timer.when() - connection.loop.time(),
+        'claim': None if backplane is None else backplane.claims.get(client),
         'fd': connection.sock.fileno(),
+        'remote_address': connection.remote_address,
         'is_open': connection.is_open,
         'finished': connection.finished,
-        'remote_address': connection.remote_address,
-        'name': client.name,
-        'uuid': client.uuid and str(client.uuid),
-        'user': client.user,
-        'token_hash': client.token_hash.hex(),
-        'address': client.address,
-        'response_type': client.response_type,
-        'registration_order': client.registration_order,
-        'seconds_to_register': timer and timer.when() - connection.loop.time(),
-        'claim': backplane and backplane.claims.get(client),
         'input': base64.b64encode(data).decode(),
         'output': base64.b64encode(connection.output).decode(),
     }
+
+
+def execute_new_code(listeners: list[Listener], began: float, closed: int) -> None:
+    """Write the state and execute the new code. Raises OSError if that fails."""
+    relay, sockets = listeners[0].relay, [listener.sockets for listener in listeners]
+    connections = [c for c in listeners[0].connections if c.opened and c.tls is None]
+    header = {
+        'relay_version': __version__,
+        'began': began,
+        'closed': closed,
+        'sockets': [[sock.fileno() for sock in some] for some in sockets],
+        'started': relay.started,
+        'counts': relay.counts,
+        'refusal_counts': relay.refusal_counts,
+    }
+    for sock in itertools.chain(*sockets, (c.sock for c in connections)):
+        sock.set_inheritable(True)
+    with open(os.memfd_create('relay-state', 0), 'w+', encoding='utf-8') as file:
+        file.write(json.dumps(header) + '\n')
+        for connection in connections:
+            file.write(json.dumps(save_connection(connection)) + '\n')
+        file.seek(0)
+        environment = {**os.environ, STATE_FD: str(file.fileno())}
+        os.execve(sys.executable, command_line(), environment)
+
+
+async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) -> None:
+    """Upgrade whenever the event is set. This task is cancelled when the relay stops."""
+    while True:
+        request.clear()  # a request during an upgrade is ignored
+        await request.wait()
+        try:
+            began = time.monotonic()
+            await try_new_code()
+            notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
+            closed = await prepare_upgrade(listeners)
+            execute_new_code(listeners, began, closed)
+        except Exception as error:
+            logger.error('Upgrade failed, keeping the running version: %s', error)
+            backplane = listeners[0].relay.backplane
+            if backplane is not None:
+                backplane.start()
+            notify('READY=1')
+        finally:  # still here, so the new code was not executed
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+            for listener in listeners:
+                listener.start_accepting()
+                for connection in list(listener.connections):
+                    connection.resume(UPGRADING)
 
 
 def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
     """Continue a connection. Nothing is read from it until all of them are restored."""
     sock = socket.socket(fileno=saved['fd'])
     sock.set_inheritable(False)
-    state = OPEN if saved['is_open'] else State.CLOSING
-    connection = Connection(listener, sock, tuple(saved['remote_address']), state)
+    connection = Connection(listener, sock, tuple(saved['remote_address']), OPEN)
     try:
         client = connection.client
-        client.name, client.address = saved['name'], saved['address']
-        client.uuid = saved['uuid'] and UUID(saved['uuid'])
-        client.user, client.token_hash = saved['user'], bytes.fromhex(saved['token_hash'])
-        client.response_type = saved['response_type']
-        client.registration_order = saved['registration_order']
-        connection.input += base64.b64decode(saved['input'])
+        for name in CLIENT_STATE:
+            setattr(client, name, saved[name])
+        client.uuid = None if saved['uuid'] is None else UUID(saved['uuid'])
+        client.token_hash = bytes.fromhex(saved['token_hash'])
         connection.mark_open()
+        connection.input += base64.b64decode(saved['input'])
         connection.send(base64.b64decode(saved['output']))
         if saved['is_open']:
-            claim = saved['claim'] and Claim(*saved['claim'])
+            claim = None if saved['claim'] is None else Claim(*saved['claim'])
             listener.relay.readmit(client, saved['seconds_to_register'], claim)
         else:
+            connection.protocol.send_close()  # only for its state: the old code has sent a frame
+            connection.protocol.data_to_send()
             connection.continue_closing(saved['finished'])
     except Exception:
         connection.abort()
         raise
 
 
-class Handover:
+class Handover(NamedTuple):
     """The new code's part in an upgrade: the state that the old code has left."""
 
-    def __init__(self, file: TextIO) -> None:
-        # Read line by line: it may be larger than what else fits into memory.
-        self.file = file
-        self.header: dict[str, Any] = json.loads(next(file))
-        if self.header['version'] != STATE_VERSION:
-            raise ValueError(f'its format is {self.header["version"]}, not {STATE_VERSION}')
-        self.sockets: list[list[int]] = self.header['sockets']
+    header: dict[str, Any]
+    file: TextIO  # its other lines: one for each connection
 
-    @staticmethod
-    def receive() -> Handover | None:
-        """Return the state if this process is being upgraded and the state can be read."""
-        fd = os.environ.pop(STATE_FD, None)
-        if fd is None:
-            return None
-        with contextlib.ExitStack() as stack:
-            try:
-                handover = Handover(stack.enter_context(open(int(fd), encoding='utf-8')))
-                stack.pop_all()  # `restore` closes the file
-                return handover
-            except Exception as error:
-                logger.error('Upgraded without the clients, their state cannot be read: %s', error)
-                close_inherited_sockets()
-                return None
-
-    def restore(self, relay: RelayServer, listener: Listener) -> None:
+    def restore(self, listener: Listener) -> None:
         """Continue all connections and counters, and log how that went."""
-        header, closed = self.header, self.header['closed']
+        relay, header = listener.relay, self.header
         relay.started = header['started']
         relay.counts.update(header['counts'])
         relay.refusal_counts.update(header['refusal_counts'])
-        relay._registration_order = itertools.count(header['registration_order'])
+        closed = header['closed']
         with self.file:
-            for line in self.file:
+            for line in self.file:  # all at once may not fit into memory
                 try:
                     restore_connection(listener, json.loads(line))
                 except Exception as error:
                     closed += 1
                     logger.error('A client was lost in the upgrade: %r', error)
-        close_inherited_sockets()
         relay.close_revoked()
-        logger.info(
-            'Upgraded %s to %s in %.2f s: %d clients kept, %d closed',
-            *(header['relay_version'], __version__, time.monotonic() - header['began']),
-            *(len(relay._websocket_to_client), closed),
-        )
+        versions = f'{header["relay_version"]} to {__version__}'
+        seconds, kept = time.monotonic() - header['began'], len(relay._websocket_to_client)
+        text = 'Upgraded %s in %.2f s: %d clients kept, %d closed'
+        logger.info(text, versions, seconds, kept, closed)
         for connection in list(listener.connections):
             connection.process_input()
 
 
-def close_inherited_sockets() -> None:
-    """Close inherited sockets that are not used: their clients would wait forever."""
-    for fd in map(int, os.listdir('/proc/self/fd')):
-        with contextlib.suppress(OSError):
-            if fd > 2 and os.get_inheritable(fd) and stat.S_ISSOCK(os.fstat(fd).st_mode):
-                os.close(fd)
+def receive_handover() -> Handover | None:
+    """Return the state that the old code has left, or None if this is not an upgrade."""
+    fd = os.environ.pop(STATE_FD, None)
+    if fd is None:
+        return None
+    file = open(int(fd), encoding='utf-8')  # `restore` closes it
+    return Handover(json.loads(next(file)), file)
 
 
 # ------------------------------------------------------------------------------- Operations
@@ -1938,26 +1900,26 @@ def metrics(relay: RelayServer) -> str:
         values['relay_open_connections'] = len(relay.listener.connections)
         values['relay_buffered_bytes'] = relay.listener.buffered_bytes
     if relay.backplane is not None:
-        values.update(relay.backplane.gauges())
+        values['relay_nats_connected'] = int(relay.backplane.connected)
+        values['relay_nats_round_trip_seconds'] = relay.backplane.round_trip
     if relay.certificate_expiry is not None:
         values['relay_certificate_expiry_timestamp_seconds'] = relay.certificate_expiry
-    text = ''
-    for name, value in values.items():
-        family = name.partition('{')[0]
+    lines = []
+    for family, names in itertools.groupby(values, lambda name: name.partition('{')[0]):
         kind = 'counter' if family.endswith('_total') else 'gauge'
-        head = f'# HELP {family} {family.replace("_", " ")}\n# TYPE {family} {kind}\n'
-        text += f'{"" if head in text else head}{name} {value}\n'
-    return text
+        lines += [f'# HELP {family} {family.replace("_", " ")}', f'# TYPE {family} {kind}']
+        lines += [f'{name} {values[name]}' for name in names]
+    return '\n'.join(lines) + '\n'
 
 
 def process_metrics(relay: RelayServer) -> dict[str, float]:
     """Return metrics of the process, under the names that Prometheus' client libraries use."""
-    values = {
+    values: dict[str, float] = {
         'process_start_time_seconds': relay.started,
         'process_cpu_seconds_total': time.process_time(),
-        'process_max_fds': float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        'process_max_fds': resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
-    with contextlib.suppress(OSError), open('/proc/self/statm') as file:
+    with contextlib.suppress(OSError), open('/proc/self/statm') as file:  # not on macOS
         values['process_open_fds'] = len(os.listdir('/proc/self/fd'))
         pages = int(file.read().split()[1])
         values['process_resident_memory_bytes'] = pages * resource.getpagesize()
@@ -1994,24 +1956,12 @@ def beat(relay: RelayServer) -> None:
     status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
     notify('WATCHDOG=1', status)
     usec = os.environ.get('WATCHDOG_USEC', '')
-    period = int(usec) / 1_000_000 if usec.isdecimal() and 0 < len(usec) < 16 else 60
+    period = min(int(usec), 60_000_000) / 1_000_000 if usec.isdecimal() else 60
     asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
 
 
-class LogFormatter(logging.Formatter):
-    """Formats a line for a file or a terminal; the time only once a second, to be fast."""
-
-    second, text = 0, ''
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """Return the local time of a record, to the second."""
-        if int(record.created) != self.second:
-            self.second, self.text = int(record.created), super().formatTime(record, datefmt)
-        return self.text
-
-
 class JournalFormatter(logging.Formatter):
-    """Writes a line for the journal: after its level, without the time."""
+    """Formats a line for the journal: after its level, without the time."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as one or more lines."""
@@ -2019,13 +1969,12 @@ class JournalFormatter(logging.Formatter):
         return '\n'.join(f'<{LEVELS[record.levelname]}>{line}' for line in lines)
 
 
-def is_journal(stream: Any) -> bool:
-    """Return whether a stream goes to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
-    journal = os.environ.get('JOURNAL_STREAM')
-    try:
-        return journal == '{0.st_dev}:{0.st_ino}'.format(os.fstat(stream.fileno()))
-    except (AttributeError, OSError, ValueError):  # closed, or not a file
-        return False
+def is_journal() -> bool:
+    """Return whether standard output goes to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):  # it may be closed
+        status = os.fstat(1)
+        return os.environ.get('JOURNAL_STREAM') == f'{status.st_dev}:{status.st_ino}'
+    return False
 
 
 def configure_logging(log_dir: str | None, level: str) -> None:
@@ -2034,19 +1983,17 @@ def configure_logging(log_dir: str | None, level: str) -> None:
     Raises StartError if the file cannot be written.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    path = os.path.join(log_dir or '', 'server.log')
-    try:
-        if log_dir is not None:
+    if log_dir is not None:
+        path = os.path.join(log_dir, 'server.log')
+        try:
             os.makedirs(log_dir, exist_ok=True)
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
-    except OSError as error:
-        raise StartError(f'cannot log to {path}: {error.strerror}') from error
-    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-    for handler in handlers:
-        handler.setFormatter(LogFormatter(line, '%Y-%m-%d %H:%M:%S'))
-    if is_journal(sys.stdout):
+        except OSError as error:
+            raise StartError(f'cannot log to {path}: {error.strerror}') from error
+    if is_journal():
         handlers[0].setFormatter(JournalFormatter('%(message)s'))
-    logging.basicConfig(level=level, handlers=handlers)
+    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    logging.basicConfig(format=line, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     # Do not collect what no format shows (logging HOWTO, section Optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -2141,11 +2088,6 @@ class Backplane:
     def connected(self) -> bool:
         """Whether messages can be sent to other relays."""
         return self.nats is not None and bool(self.nats.is_connected)
-
-    def gauges(self) -> dict[str, float]:
-        """Return the state of the connection, by names of metrics."""
-        names = 'relay_nats_connected', 'relay_nats_round_trip_seconds'
-        return dict(zip(names, (int(self.connected), self.round_trip)))
 
     async def _run(self) -> None:
         while True:
@@ -2409,10 +2351,13 @@ async def serve(
     nats: list[str] | None = None,
     nats_credentials: str | None = None,
 ) -> None:
-    """Serve a relay until SIGINT or SIGTERM. SIGHUP reads tokens and certificate again.
+    """Serve a relay until SIGINT or SIGTERM. SIGHUP reloads its files, SIGUSR2 upgrades it.
 
-    Raises StartError if a file cannot be used or an address cannot be listened on.
+    Raises StartError if a file cannot be used or if it cannot listen on an address.
     """
+    # A thread that looks up a name must not receive the signals that an upgrade blocks.
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block))
     relay = relay or RelayServer()
     tls = None
     if certfile is not None:
@@ -2421,72 +2366,68 @@ async def serve(
         relay.backplane = Backplane(relay, nats, nats_credentials)
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
     if TRIAL in os.environ:
+        if os.environ[TRIAL] != str(STATE_VERSION):
+            raise StartError('the new version cannot take over the clients; restart the relay')
         return
-    listeners: list[Listener] = []
-    stop = _handle_signals(relay, listeners, tls, certfile, keyfile)
-    # Several relays of one machine can share a port if NATS links them.
-    await _listen(relay.listener, listeners, host, port, bool(nats), metrics_port)
-    if 'NOTIFY_SOCKET' in os.environ:
-        beat(relay)
-    notify('READY=1')
-    await stop.wait()
-    await _stop(relay, listeners)
+    handover = receive_handover()
+    listeners = await _listen(relay.listener, host, port, metrics_port, handover)
+    reload = partial(relay.reload, tls, certfile or '', keyfile)
+    await _run_until_stopped(listeners, handover, reload)
 
 
 async def _listen(
-    clients: Listener,
-    listeners: list[Listener],
-    host: str,
-    port: int,
-    reuse_port: bool,
-    metrics_port: int | None,
+    clients: Listener, host: str, port: int, metrics_port: int | None, handover: Handover | None
+) -> list[Listener]:
+    """Listen for clients and for Prometheus; after an upgrade, on the inherited sockets."""
+    relay = clients.relay
+    inherited = [(), ()] if handover is None else handover.header['sockets']
+    # Several relays of one machine can share a port if NATS links them.
+    shared = relay.backplane is not None
+    await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
+    if metrics_port is None:
+        return [clients]
+    scrapes = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
+    await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])
+    return [clients, scrapes]
+
+
+async def _run_until_stopped(
+    listeners: list[Listener], handover: Handover | None, reload: Callable[[], None]
 ) -> None:
-    """Listen for clients and for Prometheus, or continue what an upgrade has handed over."""
-    relay, handover = clients.relay, Handover.receive()
-    inherited: list[list[int]] = [*(handover.sockets if handover else []), [], []]
-    await clients.listen(host, port, reuse_port=reuse_port, inherited=inherited[0])
-    listeners.append(clients)
-    if handover is None:
-        _log_addresses('Serving relay server', clients)
-    if metrics_port is not None:
-        own = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
-        listeners.append(await own.listen('127.0.0.1', metrics_port, inherited=inherited[1]))
-        if handover is None:
-            _log_addresses('Serving metrics', own)
+    loop = asyncio.get_running_loop()
+    stop, upgrade = asyncio.Event(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGUSR2, upgrade.set)
+    # An upgrade blocks them until they have handlers.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+    upgrading = asyncio.ensure_future(upgrade_on_request(upgrade, listeners))
     if handover is not None:
-        handover.restore(relay, clients)
-    elif relay.tokens is None:
+        handover.restore(listeners[0])
+    else:
+        _log_start(listeners)
+    beat(listeners[0].relay)
+    notify('READY=1')
+    await stop.wait()
+    upgrading.cancel()
+    await asyncio.wait({upgrading})
+    await _stop(listeners)
+
+
+def _log_start(listeners: list[Listener]) -> None:
+    for what, listener in zip(('relay server', 'metrics'), listeners):
+        for sock in listener.sockets:
+            logger.info('Serving %s on %s', what, address_of(sock.getsockname()))
+    if listeners[0].relay.tokens is None:
         logger.warning('No --token-file: anyone who can reach this relay can use it')
 
 
-def _log_addresses(what: str, listener: Listener) -> None:
-    for sock in listener.sockets:
-        logger.info('%s on %s', what, address_of(sock.getsockname()))
-
-
-def _handle_signals(
-    relay: RelayServer,
-    listeners: list[Listener],
-    tls: ssl.SSLContext | None,
-    certfile: str | None,
-    keyfile: str | None,
-) -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set. Let SIGHUP reload and SIGUSR2 upgrade."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop.set)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, relay.reload, tls, certfile or '', keyfile)
-    loop.add_signal_handler(signal.SIGUSR2, Upgrader(relay, listeners, stop).start)
-    # An upgrade blocks them until they have handlers.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
-    return stop
-
-
-async def _stop(relay: RelayServer, listeners: list[Listener]) -> None:
+async def _stop(listeners: list[Listener]) -> None:
     notify('STOPPING=1')
-    if relay.backplane is not None:
-        await relay.backplane.close()
+    backplane = listeners[0].relay.backplane
+    if backplane is not None:
+        await backplane.close()
     for listener in listeners:
         listener.close()
     closed = [asyncio.ensure_future(listener.closed.wait()) for listener in listeners]
@@ -2505,7 +2446,8 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
         ssl.create_default_context(cafile=certfile)
         path, content = keyfile or certfile, 'private key without a password'
         with open(path, 'rb'):
-            context.load_cert_chain(certfile, keyfile, password=no_password)
+            # With an empty password, OpenSSL does not ask for one on the terminal.
+            context.load_cert_chain(certfile, keyfile, password='')
     except ssl.SSLError as error:
         fault = f'{path}: no {content} in PEM format ({error.reason or error})'
         if error.reason == 'KEY_VALUES_MISMATCH':
@@ -2514,11 +2456,6 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
     except OSError as error:
         raise StartError(f'cannot read {path}: {error.strerror}') from error
     return context
-
-
-def no_password() -> str:
-    """Return no password, so that OpenSSL does not ask for one on the terminal."""
-    return ''
 
 
 # ------------------------------------------------------------------------------- Check
@@ -2531,7 +2468,6 @@ STATUS_HINTS = {  # where to look if this HTTP status is received in place of a 
     426: 'a proxy in front of the relay does not pass on the Upgrade header',
     **dict.fromkeys((502, 503, 504), 'a proxy answers, but the relay behind it does not'),
 }
-CERTIFICATE_HINT = 'check --certfile and the address; if it is self-signed, set SSL_CERT_FILE'
 
 
 async def check(url: str, other_url: str | None = None) -> str:
@@ -2540,12 +2476,13 @@ async def check(url: str, other_url: str | None = None) -> str:
     The second client uses `other_url` if given: two relays that share their clients. Raises
     StartError with one line: what failed and where to look. Neither line contains a token.
     """
-    place = ' and '.join(_without_token(one) for one in (url, other_url) if one is not None)
+    urls = url, other_url or url
+    place = ' and '.join(dict.fromkeys(map(_without_token, urls)))
     try:
         try:
-            result = await exchange(url, other_url or url, 'server')
+            result = await exchange(*urls, 'server')
         except ConnectionClosed:  # ProxyStore's relay 0.6 and later accepts only the newer type
-            result = await exchange(url, other_url or url, 'relay')
+            result = await exchange(*urls, 'relay')
     except Exception as error:
         # What a relay says may contain line breaks and terminal escapes.
         raise StartError(f'{place}: {ascii(explain(error))[1:-1]}') from error
@@ -2568,7 +2505,8 @@ def explain(error: Exception) -> str:
         status = error.response.status_code
         return f'HTTP {status}; {STATUS_HINTS.get(status, "there is no relay at this address")}'
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f'{error.verify_message}; {CERTIFICATE_HINT}'
+        hint = 'check --certfile and the address; if it is self-signed, set SSL_CERT_FILE'
+        return f'{error.verify_message}; {hint}'
     if isinstance(error, ConnectionClosed):
         return f'closed: {error}; see the log of the relay'
     if isinstance(error, MessageDecodeError):
@@ -2585,16 +2523,16 @@ def explain(error: Exception) -> str:
 
 async def exchange(url: str, other_url: str, generation: str) -> str:
     """Register two clients, send an offer and an answer; return how long these took."""
-    async with await _connect(url) as one, await _connect(other_url) as other:
+    async with await _open_websocket(url) as one, await _open_websocket(other_url) as other:
         uuids = {one: uuid4(), other: uuid4()}
         for websocket, uuid in uuids.items():
             request = ServerRegistration('check', uuid, f'{generation}_registration')
             response = ServerResponse(message_type=f'{generation}_response')
-            await deliver(request, websocket, websocket, response)
+            await expect(request, websocket, websocket, response)
         start = time.perf_counter()
         for kind, source, peer in (('offer', one, other), ('answer', other, one)):
             message = PeerConnection(uuids[source], 'check', uuids[peer], kind, 'v=0')
-            await deliver(message, source, peer, message)
+            await expect(message, source, peer, message)
         result = f'in {1000 * (time.perf_counter() - start):.1f} ms'
         tls = one.transport.get_extra_info('ssl_object')
         if tls is None:
@@ -2603,7 +2541,7 @@ async def exchange(url: str, other_url: str, generation: str) -> str:
         return f'{result} (certificate valid for {days:.0f} more days)'
 
 
-async def _connect(url: str) -> Any:
+async def _open_websocket(url: str) -> Any:
     from websockets.asyncio.client import connect
 
     # Version 15 and later would use `https_proxy`, even for localhost; 14 has no such parameter.
@@ -2617,13 +2555,13 @@ async def _connect(url: str) -> Any:
         raise StartError(f'no WebSocket within {CHECK_TIMEOUT} s; {hint}') from None
 
 
-async def deliver(message: Message, source: Any, peer: Any, expected: Message) -> None:
-    """Send a message; raise StartError unless the peer receives what is expected."""
+async def expect(message: Message, source: Any, peer: Any, expected: Message) -> None:
+    """Send a message from `source`; raise StartError unless `peer` receives what is expected."""
     await source.send(encode(message))
+    # A refusal is sent to the source.
     receiving = [asyncio.ensure_future(websocket.recv()) for websocket in {source, peer}]
-    results = asyncio.as_completed(receiving, timeout=CHECK_TIMEOUT)
     try:
-        received = decode(await next(results))
+        received = decode(await next(asyncio.as_completed(receiving, timeout=CHECK_TIMEOUT)))
     finally:
         for task in receiving:
             task.cancel()
@@ -2637,10 +2575,12 @@ async def deliver(message: Message, source: Any, peer: Any, expected: Message) -
 
 
 # ------------------------------------------------------------------------------- Command line
+#
+# The options, and what the program does with them.
 
 
 def _integer(text: str, least: int = 0, most: int = 10**9) -> int:
-    if text.isdecimal() and len(text) < 12 and least <= int(text) <= most:
+    if text.isdecimal() and least <= int(text) <= most:
         return int(text)
     raise argparse.ArgumentTypeError(f'{shown(text)} is not a number from {least} to {most:,}')
 
@@ -2659,40 +2599,33 @@ def _parser() -> argparse.ArgumentParser:
     # Without a usage message, an error is one line.
     parser = argparse.ArgumentParser('relay.py', usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
-    port = partial(_integer, most=65535)
-    positive = partial(_integer, least=1)
+    port, positive = partial(_integer, most=65535), partial(_integer, least=1)
     seconds = partial(_integer, most=86_400)
     add('--host', default='0.0.0.0', metavar='ADDRESS', help='address to listen on (%(default)s)')
-    add('--port', default=8765, type=port, help='port, 0 for any free port (%(default)s)')
-    add('--certfile', metavar='PATH', help='certificate in PEM format; serves TLS (wss://)')
-    add('--keyfile', metavar='PATH', help='private key, if it is not in the same file')
-    add('--token-file', metavar='PATH', help='file of user:token lines; who may connect (anyone)')
-    add(
-        '--allow-origin',
-        action='append',
-        metavar='ORIGIN',
-        help='allow only web pages of this origin; repeatable (any)',
-    )
-    add('--max-clients', type=positive, metavar='N', help='clients (limit of open files less 64)')
-    size = 'length of the longest message (%(default)s)'
-    rate = 'messages a second of each client, 0 for no limit (%(default)s)'
-    pings = 'time between pings, 0 for none (%(default)s)'
-    add('--max-message', default=MAX_MESSAGE, type=positive, metavar='BYTES', help=size)
+    add('--port', default=8765, type=port, help='port, 0 for any free one (%(default)s)')
+    add('--certfile', metavar='PATH', help='serve TLS (wss://) with this certificate (PEM)')
+    add('--keyfile', metavar='PATH', help='its private key, unless that is in the same file')
+    add('--token-file', metavar='PATH', help='require a token from this file of user:token lines')
+    origin = 'accept only web pages of this origin; repeatable (any)'
+    add('--allow-origin', action='append', metavar='ORIGIN', help=origin)
+    clients = 'maximum number of clients (the limit of open files less 64)'
+    add('--max-clients', type=positive, metavar='N', help=clients)
+    message = 'maximum length of a message (%(default)s)'
+    add('--max-message', default=MAX_MESSAGE, type=positive, metavar='BYTES', help=message)
+    rate = 'messages per second that each client may send, 0 for no limit (%(default)s)'
     add('--rate', default=RATE, type=_integer, metavar='N', help=rate)
-    add('--ping-interval', default=30, type=seconds, metavar='SECONDS', help=pings)
-    add('--metrics-port', type=port, metavar='PORT', help='metrics for Prometheus, on 127.0.0.1')
-    add('--log-dir', metavar='PATH', help='also write server.log here, a new one each Monday')
-    add(
-        '--log-level',
-        default='INFO',
-        type=str.upper,
-        choices=LEVELS,
-        help='least level to log (%(default)s)',
-    )
-    nats = 'share clients with other relays over NATS; repeatable'
+    ping = 'time between pings, 0 for none (%(default)s)'
+    add('--ping-interval', default=30, type=seconds, metavar='SECONDS', help=ping)
+    add('--metrics-port', type=port, metavar='PORT', help='serve Prometheus metrics on 127.0.0.1')
+    folder = 'also log to server.log in this folder, a new file each Monday'
+    add('--log-dir', metavar='PATH', help=folder)
+    level = 'log messages of this level and above (%(default)s)'
+    add('--log-level', default='INFO', type=str.upper, choices=LEVELS, help=level)
+    nats = 'share clients with other relays over this NATS server; repeatable'
     add('--nats', action='append', type=_nats_url, metavar='URL', help=nats)
-    add('--nats-creds', metavar='PATH', help='credentials for NATS, if they are not in its URL')
-    check = 'test whether two clients connect through the relay at a URL, or through two relays'
+    creds = 'credentials file for NATS, unless the URL contains a password'
+    add('--nats-creds', metavar='PATH', help=creds)
+    check = 'connect two clients through the relay at this URL, or through two relays, and exit'
     add('--check', metavar='URL', nargs='+', help=check)
     add('--version', action='version', version=f'relay.py {__version__}')
     return parser
@@ -2747,7 +2680,7 @@ def _run_relay(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the relay or a check. Return the exit status."""
     options = _parse(argv)
-    # A reload or an upgrade must not kill a relay that starts.
+    # A reload or an upgrade must not kill a relay that is starting.
     for number in (signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
