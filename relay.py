@@ -540,7 +540,7 @@ class Client:
     next_allowed: float = 0.0  # monotonic time from which its next message is within the rate
     registration_order: int = 0  # of several clients that register a UUID, the highest holds it
     registration_timer: asyncio.TimerHandle | None = None
-    closed: asyncio.Future[None] | None = None  # set while the next holder of its UUID waits
+    takeover: asyncio.Future[None] | None = None  # the next holder of its UUID waits for it
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -658,8 +658,8 @@ class RelayServer:
         reason = 'the relay stopped' if error is None else self._describe_close(client, error)
         self._unregister(client, reason)
         self.refusal_log.pop(client, None)
-        if client.closed is not None:
-            client.closed.cancel()
+        if client.takeover is not None:
+            client.takeover.cancel()
 
     def _describe_close(self, client: Client, error: ConnectionClosed) -> str:
         """Return how a connection was closed, for the log. Counts it if it is a refusal."""
@@ -740,11 +740,11 @@ class RelayServer:
         Waits at most TAKEOVER_TIMEOUT: the holder may be dead. The future is done after that.
         """
         loop = asyncio.get_running_loop()
-        holder.closed = loop.create_future()
-        holder.closed.add_done_callback(lambda _: self._admit(client, request))
-        loop.call_later(TAKEOVER_TIMEOUT, holder.closed.cancel)
+        holder.takeover = loop.create_future()
+        holder.takeover.add_done_callback(lambda _: self._admit(client, request))
+        loop.call_later(TAKEOVER_TIMEOUT, holder.takeover.cancel)
         self.displace(holder, client.address)
-        return holder.closed
+        return holder.takeover
 
     def _admit(self, client: Client, request: ServerRegistration) -> None:
         """Put a client into the registry and answer it, in one step.
@@ -1130,7 +1130,7 @@ class Connection:
 
     def _decrypt(self, tls: TlsSession, data: memoryview) -> None:
         tls.decrypt(data, self.input)
-        self.send(tls.answer())
+        self.send_raw(tls.answer())
         if tls.ended:
             self._on_eof()
         else:
@@ -1236,7 +1236,7 @@ class Connection:
             self.server.incomplete.pop(self, None)
 
     def _on_request(self, request: Request) -> None:
-        response = self.server.answer(self, request)
+        response = self.server.process_request(self, request)
         if response is None and not self.server.is_serving():
             response = self.respond(503, 'stopping\n')
         if response is None:
@@ -1264,7 +1264,7 @@ class Connection:
             error = self.protocol.handshake_exc
             reason = shown(str(error.__cause__ or error)) if error is not None else ''
             answer = self.respond(400, f'Bad request: {reason}\n').serialize()
-        self._write(answer)
+        self._send(answer)
         self._finish()
 
     def _on_frame(self, frame: Frame) -> None:
@@ -1272,8 +1272,9 @@ class Connection:
             self.flush()  # the protocol answers pings and closes
         elif self.is_open:
             self._on_data(frame)
-        wait = self.relay.pace(self.client, len(frame.data))
-        if wait and self.is_open:  # not closed, for example because of this message
+        # The connection may have been closed because of this frame.
+        wait = self.relay.pace(self.client, len(frame.data)) if self.is_open else 0
+        if wait:
             self.pause(RATE_LIMIT)
             self.rate_timer = self.loop.call_later(wait, self.resume, RATE_LIMIT)
 
@@ -1326,17 +1327,17 @@ class Connection:
         self.unflushed_bytes = 0
         writes = self.protocol.data_to_send()
         if writes:
-            self._write(b''.join(writes))
+            self._send(b''.join(writes))
         if b'' in writes:  # the end of the stream
             self._finish()
 
-    def _write(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> None:
         try:
-            self.send(self.tls.encrypt(data) if self.tls is not None else data)
+            self.send_raw(self.tls.encrypt(data) if self.tls is not None else data)
         except ssl.SSLError:
             self.loop.call_soon(self.abort)
 
-    def send(self, data: bytes) -> None:
+    def send_raw(self, data: bytes) -> None:
         """Send some bytes now, or when the client has read those before."""
         if data and not self.output:
             try:
@@ -1409,7 +1410,7 @@ class Connection:
         """End the stream after what is in `output`, and discard further input."""
         if not self.finished:
             if self.tls is not None:
-                self.send(self.tls.end())
+                self.send_raw(self.tls.end())
             self.finished = True
             self.input.clear()
             self.fragments.clear()
@@ -1462,13 +1463,14 @@ class Listener:
     def __init__(
         self,
         relay: RelayServer,
-        answer: Callable[[Any, Request], Response | None],
+        process_request: Callable[[Any, Request], Response | None],
         limits: Limits = Limits(),
         *,
         tls: ssl.SSLContext | None = None,
         max_connections: int | None = None,
     ) -> None:
-        self.relay, self.answer, self.limits, self.tls = relay, answer, limits, tls
+        self.relay, self.process_request = relay, process_request
+        self.limits, self.tls = limits, tls
         self.loop = asyncio.get_running_loop()
         self.sockets: list[socket.socket] = []
         fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1731,8 +1733,8 @@ async def prepare_upgrade(listeners: list[Listener]) -> int:
     while time.monotonic() < deadline and any(c in c.server.connections for c in encrypted):
         await asyncio.sleep(DRAIN_TIMEOUT / 10)
     for client in list(relay._websocket_to_client.values()):
-        if client.closed is not None:
-            client.closed.cancel()  # a takeover does not wait any longer
+        if client.takeover is not None:
+            client.takeover.cancel()  # a takeover does not wait any longer
     await block_signals()  # from here on, they wait for the new code
     return len([connection for connection in encrypted if connection.opened])
 
@@ -1823,7 +1825,7 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
         client.token_hash = bytes.fromhex(saved['token_hash'])
         connection.mark_open()
         connection.input += base64.b64decode(saved['input'])
-        connection.send(base64.b64decode(saved['output']))
+        connection.send_raw(base64.b64decode(saved['output']))
         if saved['is_open']:
             claim = None if saved['claim'] is None else Claim(*saved['claim'])
             listener.relay.readmit(client, saved['seconds_to_register'], claim)
@@ -1956,8 +1958,20 @@ def beat(relay: RelayServer) -> None:
     status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
     notify('WATCHDOG=1', status)
     usec = os.environ.get('WATCHDOG_USEC', '')
-    period = min(int(usec), 60_000_000) / 1_000_000 if usec.isdecimal() else 60
+    period = int(usec) / 1_000_000 if usec.isdecimal() and len(usec) < 16 else 60
     asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
+
+
+class LogFormatter(logging.Formatter):
+    """Formats a line for a file or a terminal; the time only once a second, to be fast."""
+
+    second, text = 0, ''
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Return the local time of a record, to the second."""
+        if int(record.created) != self.second:
+            self.second, self.text = int(record.created), super().formatTime(record, datefmt)
+        return self.text
 
 
 class JournalFormatter(logging.Formatter):
@@ -1990,10 +2004,12 @@ def configure_logging(log_dir: str | None, level: str) -> None:
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
         except OSError as error:
             raise StartError(f'cannot log to {path}: {error.strerror}') from error
+    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
+    for handler in handlers:
+        handler.setFormatter(LogFormatter(line, '%Y-%m-%d %H:%M:%S'))
     if is_journal():
         handlers[0].setFormatter(JournalFormatter('%(message)s'))
-    line = '[%(asctime)s.%(msecs)03d] %(levelname)-5s (%(name)s) :: %(message)s'
-    logging.basicConfig(format=line, datefmt='%Y-%m-%d %H:%M:%S', level=level, handlers=handlers)
+    logging.basicConfig(level=level, handlers=handlers)
     logging.raiseExceptions = False  # a full disk must not print a traceback for each line
     # Do not collect what no format shows (logging HOWTO, section Optimization).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -2580,7 +2596,7 @@ async def expect(message: Message, source: Any, peer: Any, expected: Message) ->
 
 
 def _integer(text: str, least: int = 0, most: int = 10**9) -> int:
-    if text.isdecimal() and least <= int(text) <= most:
+    if text.isdecimal() and len(text) < 12 and least <= int(text) <= most:
         return int(text)
     raise argparse.ArgumentTypeError(f'{shown(text)} is not a number from {least} to {most:,}')
 
