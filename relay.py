@@ -888,7 +888,7 @@ class RelayServer:
 
     def _log_client_refusal(self, kind: str, client: Client, reason: str) -> None:
         # Unregistered clients share one source: they can reconnect as often as they like.
-        source = 'unregistered' if client.uuid is None else client
+        source = None if client.uuid is None else client
         self.log_refusal(kind, source, client, reason)
 
     def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
