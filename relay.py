@@ -941,8 +941,8 @@ def limit_socket(sock: Any) -> None:
 #
 # The sockets are read and written here rather than by asyncio's transports, which hide how much
 # waits to be written and cannot be handed over to another process. `protocol` is websockets'
-# implementation of RFC 6455 without I/O. It only gets whole requests and frames, so that
-# whatever is not whole is in `input`, where it is counted and can be refused or handed over.
+# implementation of RFC 6455 without I/O. It only gets whole requests and frames; the rest stays
+# in `input`, where it is counted, and can be refused or handed over.
 #
 # The life of a connection, by the state of its protocol:
 #
@@ -1064,7 +1064,7 @@ class Connection:
         server.connections[self] = server.handshakes[self] = None
         self.loop.add_reader(sock, self._on_readable)
 
-    # What the relay uses.
+    # Used by the relay.
 
     @property
     def is_open(self) -> bool:
@@ -1571,7 +1571,7 @@ class Listener:
         reason = f'{reason} ({len(self.connections)} are open)'
         self.relay.log_refusal('full', 'accept', 'new connections for now', reason)
 
-    # What the connections share.
+    # Shared by the connections.
 
     def flush_soon(self, connection: Connection) -> None:
         """Flush a connection at the end of this turn of the loop: many messages in one write."""
