@@ -259,6 +259,11 @@ def zeros(size):
     return '{"a":[' + '0,' * ((size - 9) // 2) + '0]}'
 
 
+def rows(table):
+    """Return a pair of each thing in a table and what the table has it under."""
+    return [(thing, key) for key, things in table.items() for thing in things]
+
+
 # What the answer must say, and the texts that are not a valid message.
 MALFORMED = {
     'not JSON': ['', 'nope', json.dumps(OFFER)[:-9], '\ufeff{}', json.dumps(OFFER) * 2],
@@ -274,10 +279,9 @@ MALFORMED = {
     'UUID': [changed(REGISTRATION, uuid='\n' * 9999)],
     'only the relay': [json.dumps({'message_type': f'{name}_response'}) for name in GENERATIONS],
 }
-MALFORMED = [(text, reason) for reason, texts in MALFORMED.items() for text in texts]
 KEYS = [(message, key) for message in (REGISTRATION, OFFER) for key in message]
-MALFORMED += [(without(message, key), key) for message, key in KEYS if key != 'error']
-MALFORMED += [
+MISSING = [(without(message, key), key) for message, key in KEYS if key != 'error']
+MISTYPED = [
     (changed(message, **{key: value}), key)
     for message, key in KEYS
     for value in (7, None, True, [], {}, 1.5)
@@ -527,7 +531,9 @@ async def test_a_message_longer_than_the_backlog_is_accepted_if_the_backlog_is_e
         await exchange(one, other)
 
 
-@pytest.mark.parametrize('text, reason', MALFORMED, ids=lambda text: ascii(text[:30]))
+@pytest.mark.parametrize(
+    'text, reason', rows(MALFORMED) + MISSING + MISTYPED, ids=lambda text: ascii(text[:30])
+)
 @run_both_ways
 async def test_an_invalid_message_closes_neither_connection_nor_registration(text, reason):
     async with relay_with(A) as (_, peer):
@@ -1248,11 +1254,10 @@ TOKEN_FILES = {
     'no line in the form user:token': [b'', b'# alice:a1\n\n'],
     'cannot read': [b'alice:\xff', None],
 }
-TOKEN_FILES = [(fault, content) for fault, some in TOKEN_FILES.items() for content in some]
 
 
-@pytest.mark.parametrize('fault, content', TOKEN_FILES)
-def test_a_wrong_token_file_is_one_line_that_names_it(fault, content, tmp_path):
+@pytest.mark.parametrize('content, fault', rows(TOKEN_FILES))
+def test_a_wrong_token_file_is_one_line_that_names_it(content, fault, tmp_path):
     path = tmp_path / 'tokens'
     if content is not None:
         path.touch(0o600)
