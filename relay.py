@@ -2449,6 +2449,8 @@ async def _stop(listeners: list[Listener]) -> None:
     closed = [asyncio.ensure_future(listener.closed.wait()) for listener in listeners]
     # A client that neither reads nor closes must not keep the relay from stopping.
     await asyncio.wait(closed, timeout=STOP_TIMEOUT)
+    for connection in [each for listener in listeners for each in listener.connections]:
+        connection.abort()
     logger.info('Server closed')
 
 
