@@ -39,10 +39,11 @@ from uuid import UUID, uuid4
 
 import pytest
 import websockets.asyncio.server
+from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CTRL_OPCODES, CloseCode, Frame, Opcode
-from websockets.protocol import Protocol, Side, State
+from websockets.protocol import State
 
 import relay
 from relay import (
@@ -4894,7 +4895,8 @@ class Link:
 
     def __init__(self, port, delay=0, edited=bytes):
         self.target, self.delay, self.edited = port, delay, edited  # delay: s, each way
-        self.flowing, self.cut, self.transports = asyncio.Event(), False, []
+        self.flowing, self.cut = asyncio.Event(), False
+        self.transports, self.count = [], 0
 
     async def __aenter__(self):
         self.server = await asyncio.start_server(self.accept, '127.0.0.1', 0)
@@ -4905,10 +4907,12 @@ class Link:
 
     async def __aexit__(self, *_):
         self.server.close()
+        self.recover()
         self.kill()
+        await until(lambda: not self.count)
 
     def kill(self):
-        """Reset all connections, until it recovers the new ones as well."""
+        """Reset all connections and, until it recovers, new ones."""
         self.cut = True
         for transport in self.transports:
             transport.abort()
@@ -4921,6 +4925,7 @@ class Link:
         self.flowing.set()
 
     async def accept(self, reader, writer):
+        self.count += 1
         self.transports.append(writer.transport)
         with contextlib.suppress(OSError, asyncio.CancelledError):
             far_reader, far_writer = await asyncio.open_connection('127.0.0.1', self.target)
@@ -4928,12 +4933,14 @@ class Link:
             there = self.copy(reader, far_writer, bytes)
             await asyncio.gather(there, self.copy(far_reader, writer, self.edited))
         writer.transport.abort()
+        self.count -= 1
 
     async def copy(self, reader, writer, edited):
-        while not self.cut and (data := await reader.read(2**16)):
-            await asyncio.sleep(self.delay)
-            await self.flowing.wait()
-            writer.write(edited(data))
+        with contextlib.suppress(OSError):
+            while not self.cut and (data := await reader.read(2**16)):
+                await asyncio.sleep(self.delay)
+                await self.flowing.wait()
+                writer.write(edited(data))
         writer.transport.abort()
 
 
@@ -4980,6 +4987,7 @@ def bus():
 def quick(monkeypatch):
     """Let relays notice sooner that they have lost NATS, and connect again sooner."""
     monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
+    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
     monkeypatch.setitem(relay.NATS_OPTIONS, 'reconnect_time_wait', 0.02)
 
 
@@ -5004,7 +5012,7 @@ async def relay_process(*urls):
         process.url = f'ws://127.0.0.1:{port}'
         process.recover()
         try:
-            await until(lambda: process.count('NATS is connected'))
+            await until(lambda: process.count('Serving') and process.count('NATS is connected'))
             yield process
         finally:
             process.kill()
@@ -5117,12 +5125,17 @@ def is_idle(server):
     return not (backplane.queues or backplane.in_flight or backplane.total_in_flight)
 
 
+def is_settled(server):
+    """Return whether all clients are subscribed and claimed, and nothing is on its way."""
+    backplane = server.backplane
+    subscribed = backplane.subscriptions.keys() == backplane.claims.keys()
+    return subscribed and is_idle(server) and backplane.unclaimed.empty()
+
+
 async def settled(*servers):
-    """Wait until relays have subscribed and claimed all clients, and everything has arrived."""
+    """Wait until relays are settled, and NATS has delivered what they have published."""
     for server in servers:
-        backplane = server.backplane
-        await until(lambda b=backplane: b.subscriptions.keys() == b.claims.keys())
-        await until(lambda s=server, b=backplane: is_idle(s) and b.unclaimed.empty())
+        await until(functools.partial(is_settled, server))
     for backplane in 2 * [server.backplane for server in servers]:
         if backplane.connected:
             await backplane.nats.flush()
@@ -5174,7 +5187,7 @@ async def test_a_client_that_left_or_whose_relay_was_killed_is_unknown(what):
                 await b.websocket.close()
             else:
                 process.kill()
-            await until_subscribed(server, A)
+                await until_subscribed(server, A)  # NATS itself has to notice first
             assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
             await hears_only(a)
 
@@ -5192,20 +5205,8 @@ async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
         b.websocket.transport.abort()
 
 
-USERS = [
-    'a',
-    'a.b',
-    'a b',
-    '*',
-    '>',
-    'a.*',
-    '-',
-    '',
-    '61',
-    'J\u00fcrgen',
-    '\u65e5\u672c',
-    60 * 'x',
-]
+USERS = ['a', 'a.b', 'a b', '*', '>', 'a.*', '-', '', '61', 'J\u00fcrgen', '\u65e5\u672c']
+USERS += ['x' * 60]
 
 
 @over_nats
@@ -5215,10 +5216,8 @@ async def test_users_are_kept_apart_across_relays(bus):
         one.tokens = other.tokens = {relay._hash(str(n)): user for n, user in enumerate(USERS)}
         pairs = []
         for n in range(len(USERS)):
-            peers = (
-                registered(one, A, f'{n}', **bearer(n)),
-                registered(other, B, f'{n}', **bearer(n)),
-            )
+            at_both = ((one, A), (other, B))
+            peers = [registered(server, uuid, f'{n}', **bearer(n)) for server, uuid in at_both]
             pairs.append([await stack.enter_async_context(peer) for peer in peers])
         for a, b in pairs:
             await a.say(a.offer(B))
@@ -5242,9 +5241,8 @@ async def test_a_registration_displaces_the_one_on_another_relay(
     async with two_relays(bus) as (one, other), registered(one, B) as peer:
         with monkeypatch.context() as patch:
             # A second ago, because claims do not age on their way.
-            earlier = {'monotonic': lambda: time.monotonic() - 1}
-            ahead_clocks = clocks(time_ns=lambda: time.time_ns() + ahead, **earlier)
-            patch.setattr(relay, 'time', ahead_clocks)
+            wall, monotonic = lambda: time.time_ns() + ahead, lambda: time.monotonic() - 1
+            patch.setattr(relay, 'time', clocks(time_ns=wall, monotonic=monotonic))
             old = Peer(await open_websocket(other.url), A, 'old', generation)
             assert await old.ask(old.registration()) == old.response()
         await settled(other)
@@ -5426,8 +5424,6 @@ async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(bus,
 @over_nats
 async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch, quick):
     monkeypatch.setattr(relay, 'CLAIM_BEATS', 2)
-    # Messages come back before the NATS servers find each other again.
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
     async with contextlib.AsyncExitStack() as stack:
         first = stack.enter_context(running_nats())
         link = await stack.enter_async_context(Link(first.cluster))
@@ -5741,9 +5737,7 @@ async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, 
 
 
 @over_nats
-async def test_a_connection_lost_while_the_relay_subscribes_is_a_fault(
-    bus, caplog, monkeypatch, quick
-):
+async def test_losing_nats_while_subscribing_is_a_fault(bus, caplog, monkeypatch, quick):
     async def interrupted(client, *args, **options):
         found = await subscribe(client, *args, **options)
         if not calls:
@@ -5797,9 +5791,7 @@ async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monk
 
 
 @over_nats
-async def test_all_clients_are_reached_after_nats_is_killed_in_the_middle_of_claiming(
-    monkeypatch, quick
-):
+async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkeypatch, quick):
     def restart():
         server.kill()
         server.recover()
@@ -5813,7 +5805,6 @@ async def test_all_clients_are_reached_after_nats_is_killed_in_the_middle_of_cla
         return await subscribe(*args, **options)
 
     calls, subscribe, uuids = [], nats.NATS.subscribe, [UUID(int=n) for n in range(1000, 1060)]
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
     with running_nats() as server:
         async with two_relays(server.url) as (one, other), all_registered(other, uuids) as peers:
             await settled(other)
@@ -5988,7 +5979,6 @@ class Attempt:
     def __init__(self, uuid, place):
         self.uuid, self.place, self.began = uuid, place, time.monotonic()
         self.websocket = self.registered = self.ended = None
-        self.last_heard = {}  # number of the last message, by sender
 
     @property
     def alive(self):
@@ -6007,7 +5997,7 @@ class Checker:
         self.attempts, self.problems, self.ongoing = [], [], {}
         self.holders = {UUID(int=n): None for n in range(1, 13)}  # the last attempt, by UUID
         self.messages, self.outcomes = [], {}  # (sender, UUID, time); reasons or None, by number
-        self.overtaken = []  # numbers of messages that arrived after a later one of their pair
+        self.arrivals = []  # (attempt, number), in order
         self.counts = Counter()
 
     async def start(self, stack, relays, servers):
@@ -6060,10 +6050,7 @@ class Checker:
                     error and error.partition('because ')[2]
                 )
                 if not error:
-                    sender = self.messages[number][0]
-                    if attempt.last_heard.get(sender, -1) >= number:
-                        self.overtaken.append(number)
-                    attempt.last_heard[sender] = number
+                    self.arrivals.append((attempt, number))
         attempt.ended = time.monotonic()
 
     async def send(self, attempt, uuid):
@@ -6172,9 +6159,13 @@ class Checker:
         """See that each message has one outcome, or a reason to have none, or another."""
         await self.wait_for(lambda: not self.without_outcome(), 6)
         self.problems += [f'message {number}: no outcome' for number in self.without_outcome()]
-        # A message that came back as disconnected may still arrive, at any time.
-        late = [number for number in self.overtaken if len(self.outcomes[number]) == 1]
-        self.problems += [f'message {number} out of order' for number in late]
+        last = {}
+        for attempt, number in self.arrivals:
+            pair = attempt, self.messages[number][0]
+            # A message that came back as disconnected may still arrive, at any time.
+            if number <= last.get(pair, -1) and len(self.outcomes[number]) == 1:
+                self.problems.append(f'message {number} out of order')
+            last[pair] = number
         for number, reasons in self.outcomes.items():
             self.counts.update(reason or 'arrived' for reason in reasons)
             if self.faults and sorted(map(str, reasons)) == ['None', DISCONNECTED]:
@@ -6346,27 +6337,23 @@ def test_the_unit_is_valid_and_exposes_little(tmp_path):
 # ------------------------------------------------------------------------------- Benchmark
 
 
-class Talker(asyncio.Protocol):
+class Talker(ClientConnection):
     """A client that answers each offer of its peer with one of its own.
 
-    Once registered, it takes the place of websockets' protocol, because what measures has to be
-    faster than what is measured. It parses only frames that are not the one it expects.
+    What measures has to be faster than what is measured, so it writes and compares frames as
+    bytes. It leaves to websockets what is not the frame that it expects.
     """
 
-    def __init__(self, websocket, talk):
-        self.websocket, self.transport, self.talk = websocket, websocket.transport, talk
-        self.protocol, self.message = Protocol(Side.CLIENT, max_size=None), b''
-        # The client compresses nothing, but has offered to, and the relay may.
-        self.protocol.extensions = websocket.protocol.extensions
-        self.uuid, self.sent = uuid4(), None  # when the offer was sent that is on its way here
+    talk = peer = expected = sent = None  # sent: when the offer was sent that is on its way here
+    message = b''
 
-    def meet(self, peer):
+    def meet(self, peer, talk):
         """Prepare what the peer will be sent."""
-        text = 'x' * self.talk.options.size
-        self.peer, peer.offer = peer, PeerConnection(self.uuid, '', peer.uuid, 'offer', text)
+        self.talk, self.peer = talk, peer
+        text = 'x' * talk.options.size
+        peer.offer = PeerConnection(self.uuid, '', peer.uuid, 'offer', text)
         frame = Frame(Opcode.TEXT, encode(peer.offer).encode())
         self.frame, peer.expected = frame.serialize(mask=True), frame.serialize(mask=False)
-        self.transport.set_protocol(self)
 
     def speak(self):
         self.peer.sent = time.perf_counter()
@@ -6383,40 +6370,37 @@ class Talker(asyncio.Protocol):
 
     def data_received(self, data):
         if data == self.expected:
-            return self.hear(True)
-        self.protocol.receive_data(data)
-        for frame in self.protocol.events_received():
-            if frame.opcode not in CTRL_OPCODES:
-                self.message += frame.data
-                if frame.fin:
-                    self.hear(self.is_offer())
-        for data in self.protocol.data_to_send():
-            self.transport.write(data)
+            self.hear(True)
+        else:
+            super().data_received(data)
 
-    def is_offer(self):
-        message, self.message = self.message, b''
+    def process_event(self, event):
+        if self.peer is None or event.opcode in CTRL_OPCODES:
+            return super().process_event(event)
+        self.message += event.data
+        if event.fin:
+            message, self.message = self.message, b''
+            self.hear(self.is_offer(message))
+
+    def is_offer(self, message):
         with contextlib.suppress(UnicodeDecodeError, MessageDecodeError):
             return decode(message.decode()) == self.offer
 
     def connection_lost(self, error):
-        self.protocol.receive_eof()
-        self.talk.failure = self.talk.failure or self.protocol.close_exc
-        self.websocket.connection_lost(error)
-
-    async def leave(self):
-        if not self.transport.is_closing():
-            self.transport.set_protocol(self.websocket)
-        await self.websocket.close()
+        super().connection_lost(error)
+        if self.talk is not None:
+            self.talk.failure = self.talk.failure or self.protocol.close_exc
 
 
 async def join(talk):
     """Connect and register one more client."""
-    limits = {'ping_interval': None, 'close_timeout': relay.CHECK_TIMEOUT / 10}
-    websocket = await open_websocket(talk.options.url, **limits)
-    talk.clients.append(Talker(websocket, talk))
-    request = ServerRegistration('', talk.clients[-1].uuid, f'{talk.generation}_registration')
+    options = {'ping_interval': None, 'close_timeout': relay.CHECK_TIMEOUT / 10}
+    client = await open_websocket(talk.options.url, create_connection=Talker, **options)
+    client.uuid = uuid4()
+    talk.clients.append(client)
+    request = ServerRegistration('', client.uuid, f'{talk.generation}_registration')
     answer = ServerResponse(message_type=f'{talk.generation}_response')
-    await relay.deliver(request, websocket, websocket, answer)
+    await relay.deliver(request, client, client, answer)
 
 
 async def begin(talk):
@@ -6431,12 +6415,12 @@ async def begin(talk):
         progress(f'{len(talk.clients)} clients are connected')
         await asyncio.wait_for(join(talk), relay.CHECK_TIMEOUT)
     for client in talk.clients:
-        if client.websocket.state is not State.OPEN:
-            await client.websocket.wait_closed()
-            raise client.websocket.protocol.close_exc
+        if client.state is not State.OPEN:
+            await client.wait_closed()
+            raise client.protocol.close_exc
     for one, other in zip(talk.clients[::2], talk.clients[1::2]):
-        one.meet(other)
-        other.meet(one)
+        one.meet(other, talk)
+        other.meet(one, talk)
     mark(talk)
 
 
@@ -6477,7 +6461,7 @@ async def measure(options):
         return figures(talk, latencies)
     finally:
         progress()
-        leaving = (client.leave() for client in talk.clients)
+        leaving = (client.close() for client in talk.clients)
         await asyncio.gather(*leaving, return_exceptions=True)
 
 
