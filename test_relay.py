@@ -4987,6 +4987,7 @@ def bus():
 def quick(monkeypatch):
     """Let relays notice sooner that they have lost NATS, and connect again sooner."""
     monkeypatch.setattr(relay, 'NATS_HEARTBEAT', 0.02)
+    monkeypatch.setattr(relay, 'CLAIM_BEATS', 3000)  # once a minute, as otherwise
     monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
     monkeypatch.setitem(relay.NATS_OPTIONS, 'reconnect_time_wait', 0.02)
 
@@ -5792,28 +5793,24 @@ async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monk
 
 @over_nats
 async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkeypatch, quick):
-    def restart():
-        server.kill()
-        server.recover()
-
     async def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 30:
-            restart()
+            server.kill()
+            server.recover()
             # The relay is busy until NATS has long been there again.
             time.sleep(0.2)
         return await subscribe(*args, **options)
 
     calls, subscribe, uuids = [], nats.NATS.subscribe, [UUID(int=n) for n in range(1000, 1060)]
-    with running_nats() as server:
-        async with two_relays(server.url) as (one, other), all_registered(other, uuids) as peers:
-            await settled(other)
-            monkeypatch.setattr('nats.NATS.subscribe', interrupted)
-            restart()
-            await until(lambda: len(calls) > 30 + 60)
-            await until(lambda: one.backplane.connected and other.backplane.connected)
-            await settled(one, other)
-            async with registered(one, A) as a:
+    monkeypatch.setattr('nats.NATS.subscribe', interrupted)
+    with running_nats(started=False) as server:
+        async with two_relays(server.url, wait=False) as (one, other):
+            async with all_registered(other, uuids) as peers, registered(one, A) as a:
+                server.recover()
+                await until(lambda: len(calls) > 30 + 60)
+                await until(lambda: one.backplane.connected and other.backplane.connected)
+                await settled(one, other)
                 for peer in peers:
                     await a.say(a.offer(peer.uuid))
                     assert await peer.hear() == a.offer(peer.uuid)
@@ -5857,12 +5854,13 @@ async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch
 
 
 @contextlib.asynccontextmanager
-async def another_program(url, reply=''):
+async def another_program(url, *replies):
     """Hold the UUID B like another relay. Yields a connection to NATS and what arrives for B."""
+    replies = itertools.cycle(replies or [''])
 
     async def on_request(message):
         arrived.append(json.loads(message.data))
-        await message.respond(reply.encode())
+        await message.respond(next(replies).encode())
 
     arrived, client = [], await nats.connect(url)
     await client.subscribe(f'relay.client.-.{B}', 'relays', on_request)
@@ -5897,6 +5895,16 @@ async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, caplog, re
                 assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
     warning = 'NATS: another relay gave a verdict not known here'
     assert [line for line in lines() if 'verdict' in line] == [warning]
+
+
+@over_nats
+async def test_a_message_to_a_client_that_has_just_moved_is_sent_again(bus):
+    async with another_program(bus, 'unknown_peer', '') as (_, arrived):
+        async with joined_relay(bus) as one, registered(one, A) as a:
+            await a.say(a.offer(B))
+            await until(lambda: len(arrived) == 2 and is_idle(one))
+            assert arrived == 2 * [a.offer(B)]
+            await hears_only(a)
 
 
 @over_nats
