@@ -6104,8 +6104,8 @@ class Checker:
                 await asyncio.wait({harming}, timeout=0.7)
 
     async def upgrade(self):
-        """Upgrade each relay twice."""
-        for process in [*self.relays, *self.relays]:
+        """Upgrade each relay, and the first one again."""
+        for process in [*self.relays, self.relays[0]]:
             count = process.count('Upgraded ') + 1
             process.child.send_signal(signal.SIGUSR2)
             await until(lambda p=process, n=count: p.count('Upgraded ') == n)
@@ -6228,7 +6228,7 @@ def test_each_message_has_one_outcome_during_takeovers():
 @needs_nats
 def test_each_message_arrives_or_comes_back_during_upgrades():
     figures = asyncio.run(check_relays(1, 60, happenings=['upgrade', *3 * ['talk']]))
-    assert figures['upgrades'] == 4 and figures['messages'] > 100
+    assert figures['upgrades'] == 3 and figures['messages'] > 100
     assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', DISCONNECTED}
 
 
