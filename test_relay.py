@@ -4845,7 +4845,7 @@ HOUR = 3600 * 10**9  # ns
 
 
 def over_nats(test):
-    return needs_nats(run_async(test))
+    return needs_nats(run_within(20)(test))
 
 
 @contextlib.contextmanager
@@ -5293,17 +5293,22 @@ async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(servers, co
 
 @over_nats
 @pytest.mark.parametrize('delay', [0, 0.08])
-async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(bus, delay):
-    async with Link(urlsplit(bus).port, delay) as link:
-        async with two_clients(link.url, bus) as (one, _, a, b), registered(one, C) as near:
-            await until_connected(a, b)
-            for offers in zip(*(numbered_offers(a, uuid, 200) for uuid in (B, C))):
-                await say_all(a, offers)
-            await hears_only(near, *numbered_offers(a, C, 200))
-            await hears_only(b, *numbered_offers(a, B, 200))
-            await say_all(b, numbered_offers(b, A, 100))
-            await hears_only(a, *numbered_offers(b, A, 100))
-            await hears_only(b)
+async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(delay):
+    async with contextlib.AsyncExitStack() as stack:
+        # More than fits into a message to NATS waits there.
+        server = stack.enter_context(running_nats('max_payload: 10000'))
+        link = await stack.enter_async_context(Link(server.port, delay))
+        clients = two_clients(link.url, server.url)
+        one, _, a, b = await stack.enter_async_context(clients)
+        near = await stack.enter_async_context(registered(one, C))
+        await until_connected(a, b)
+        for offers in zip(*(numbered_offers(a, uuid, 200) for uuid in (B, C))):
+            await say_all(a, offers)
+        await hears_only(near, *numbered_offers(a, C, 200))
+        await hears_only(b, *numbered_offers(a, B, 200))
+        await say_all(b, numbered_offers(b, A, 100))
+        await hears_only(a, *numbered_offers(b, A, 100))
+        await hears_only(b)
 
 
 @over_nats
@@ -5539,9 +5544,9 @@ async def test_clients_that_leave_leave_nothing_with_nats():
                 # One for the client that is left; for each relay, its claims and its answers.
                 await until(lambda: len(tasks_of('_wait_for_msgs')) == 5)
                 await until(lambda: len(tasks_of('Backplane')) == 4)
+                await until_subscribed(server, C)
                 # Only the last client that each relay claimed may be in memory.
                 await until(lambda: len(clients_named('passing')) <= 2)
-                await until_subscribed(server, C)
 
 
 async def is_refused_by_nats(url, reason, lines):
