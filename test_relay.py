@@ -5292,7 +5292,7 @@ async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(servers, co
 
 
 @over_nats
-@pytest.mark.parametrize('delay', [0, 0.08])
+@pytest.mark.parametrize('delay', [0, 0.03])
 async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(delay):
     async with contextlib.AsyncExitStack() as stack:
         # More than fits into a message to NATS waits there.
