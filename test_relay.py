@@ -1732,29 +1732,14 @@ async def test_a_wrong_frame_closes_its_connection_and_is_counted(
             await until(lambda: not server._websocket_to_client)
 
 
-@pytest.mark.parametrize('number', [1, 2, 4000])
+@pytest.mark.parametrize('number, empty', [(1, 0), (2, 0), (4000, 20_000)])
 @run_async
-async def test_a_message_in_fragments_is_forwarded_whole(number):
+async def test_a_message_in_fragments_is_forwarded_whole(number, empty):
     async with running_relay() as server, registered(server, A) as peer:
         text = json.dumps(peer.offer(A, description='\u00e9' * 4000), ensure_ascii=False)
         size = len(text) // number + 1
-        await peer.websocket.send(text[n : n + size] for n in range(0, len(text), size))
-        assert await peer.websocket.recv() == text
-
-
-@run_async
-async def test_a_message_may_have_any_number_of_fragments():
-    async with running_relay() as server, registered(server, A) as peer:
-        text = json.dumps(peer.offer(A))
-        letters = [b'\x81\0\0\0\0' + letter.encode() for letter in text]
-        frames = [
-            b'\x01',
-            b'\0'.join(letters[:-1]),
-            b'\0\x80\0\0\0\0' * 20_000,
-            b'\x80',
-            letters[-1],
-        ]
-        peer.websocket.transport.write(b''.join(frames))
+        pieces = [text[n : n + size] for n in range(0, len(text), size)]
+        await peer.websocket.send(pieces[:-1] + [''] * empty + pieces[-1:])
         assert await peer.websocket.recv() == text
 
 
@@ -1835,12 +1820,6 @@ async def test_a_client_that_does_not_register_in_time_is_closed_with_1008(monke
                 assert await late.closed_with() == CloseCode.POLICY_VIOLATION
                 await until(lambda: len(server._websocket_to_client) == 1)
         await exchange(one, one)
-
-
-@run_async
-async def test_a_half_open_handshake_is_dropped_in_time():
-    async with running_relay(open_timeout=0.05) as server:
-        assert await http(server, b'GET / HTTP/1.1\r\nUpgrade:') == b''
 
 
 @run_async
@@ -1995,33 +1974,20 @@ def test_each_family_of_metrics_has_one_help_and_one_type():
     assert {line.split('{')[0].split()[0] for line in lines if line[0] != '#'} == set(families)
 
 
-needs_promtool = pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not here')
-
-
-def promtool(text, *arguments):
-    """Return promtool's status and output for a text."""
-    command = ['promtool', 'check', *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
-
-
-@needs_promtool
-def test_promtool_accepts_the_metrics():
+@pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not here')
+def test_promtool_accepts_the_metrics_and_the_configuration_in_the_readme():
     server = RelayServer()
     server.certificate_expiry = 1.0
-    assert promtool(relay.metrics(server), 'metrics') == (0, '')
-
-
-@needs_promtool
-@pytest.mark.parametrize('kind, head', [('config', 'scrape_configs:'), ('rules', 'groups:')])
-def test_promtool_accepts_the_configuration_in_the_readme(kind, head):
-    block = re.search(rf'(?m)^    {head}\n(    .*\n)+', (HERE / 'README.md').read_text())[0]
-    status, output = promtool(re.sub('(?m)^    ', '', block), kind, '/dev/stdin')
-    assert status == 0, output
-    server = RelayServer()
-    server.certificate_expiry = 1.0
-    known = {name.partition('{')[0] for name in samples(server)}
-    assert known.issuperset(re.findall(r'\b(?:relay|process)_\w+', block))
+    checks = [(['metrics'], relay.metrics(server))]
+    for kind, head in (('config', 'scrape_configs:'), ('rules', 'groups:')):
+        block = re.search(rf'(?m)^    {head}\n(    .*\n)+', (HERE / 'README.md').read_text())[0]
+        names = set(re.findall(r'\b(?:relay|process)_\w+', block))
+        assert names <= {name.partition('{')[0] for name in samples(server)}
+        checks.append(([kind, '/dev/stdin'], re.sub('(?m)^    ', '', block)))
+    for arguments, text in checks:
+        command = ['promtool', 'check', *arguments]
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done
 
 
 @run_async
@@ -2039,28 +2005,18 @@ async def test_clients_are_counted_by_their_generation():
 
 
 @run_async
-async def test_registrations_are_counted_and_those_that_are_displaced():
-    async with running_relay() as server:
-        with (
-            moves(server, 'relay_registrations_total', 2),
-            moves(server, 'relay_displaced_registrations_total', 1),
-        ):
-            async with registered(server, A) as old, registered(server, A) as peer:
-                # Again on the same connection is nothing new.
-                await peer.ask(peer.registration())
-                await old.closed_with()
-
-
-@run_async
-async def test_messages_and_their_bytes_are_counted():
-    async with running_relay() as server, registered(server, A) as one:
-        text = json.dumps(one.offer(A, description='\u00e9' * 100), ensure_ascii=False)
-        with (
-            moves(server, 'relay_forwarded_messages_total', 3),
-            moves(server, 'relay_forwarded_bytes_total', 3 * len(text.encode())),
-        ):
-            for _ in range(3):
-                await one.ask(text)
+async def test_registrations_and_messages_are_counted():
+    async with running_relay() as server, registered(server, A) as old:
+        text = json.dumps(old.offer(A, description='\u00e9' * 100), ensure_ascii=False)
+        with moves(server, 'relay_forwarded_messages_total', 3):
+            with moves(server, 'relay_forwarded_bytes_total', 3 * len(text.encode())):
+                for _ in range(3):
+                    await old.ask(text)
+        with moves(server, 'relay_registrations_total'):
+            with moves(server, 'relay_displaced_registrations_total'):
+                async with registered(server, A) as peer:
+                    await peer.ask(peer.registration())  # again, which is nothing new
+                    await old.closed_with()
 
 
 @pytest.mark.parametrize(
@@ -2179,9 +2135,9 @@ def heard(sock, word):
     return text
 
 
-def test_systemd_is_notified_of_start_status_and_stop(systemd, monkeypatch):
+def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '200000')
-    with running_program('--host', '127.0.0.1') as process:
+    with running_program('--host', '127.0.0.1', '--token-file', tokens) as process:
         heard(systemd, 'READY=1')
         socket.create_connection(('127.0.0.1', process.ports[0])).close()
         began = time.monotonic()
@@ -2189,20 +2145,15 @@ def test_systemd_is_notified_of_start_status_and_stop(systemd, monkeypatch):
             assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
         # At half of its period, so that none is late.
         assert time.monotonic() - began >= 0.15
-        process.terminate()
-        heard(systemd, 'STOPPING=1')
-
-
-def test_systemd_is_notified_of_a_reload_even_if_it_fails(systemd, tokens):
-    with running_program('--token-file', tokens) as process:
-        heard(systemd, 'READY=1')
-        for text in ('alice:a1\n', 'nonsense\n'):
+        for text in ('alice:a1\n', 'nonsense\n'):  # the second reload fails
             Path(tokens).write_text(text)
             process.send_signal(signal.SIGHUP)
             reloading = heard(systemd, 'RELOADING=1')
             microseconds = int(re.fullmatch(r'RELOADING=1\nMONOTONIC_USEC=(\d+)', reloading)[1])
             assert 0 <= time.monotonic() - microseconds / 1e6 < 5
             heard(systemd, 'READY=1')
+        process.terminate()
+        heard(systemd, 'STOPPING=1')
 
 
 def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
@@ -2252,8 +2203,11 @@ async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
 # A copy of relay.py runs as a process. The tests change the file on disk and send SIGUSR2.
 
 on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
-run_upgrades = run_within(60)
 UPGRADES = 4  # in a row, to see whether one leaves something behind
+
+
+def run_upgrades(test):
+    return on_linux(run_within(60)(test))
 
 
 def prefixed(code):
@@ -2374,7 +2328,7 @@ async def upgradable(folder, *options, host='127.0.0.1', edits=()):
 async def numbered(sender, receiver, stop, window=8):
     """Send numbered messages until told to stop; see each arrive once, and in order.
 
-    Returns how many arrived. So many are on their way at once.
+    As many as `window` are on their way at once. Returns how many arrived.
     """
     sent = received = 0
     while received < sent or not stop.is_set():
@@ -2533,51 +2487,53 @@ async def test_an_upgrade_does_not_restart_the_time_to_register(tmp_path):
                 await early.register()  # it is still connected
 
 
+@contextlib.asynccontextmanager
+async def unread(program, sender, texts):
+    """Send offers to a client that does not read them; yields the client and the offers."""
+    async with wired(program, narrow=True) as slow:
+        await slow.register()
+        slow.stall()
+        offers = [sender.offer(slow.peer.uuid, description=text) for text in texts]
+        for offer in offers:
+            await sender.say(offer)
+        await sender.ask(sender.offer(sender.uuid))  # which is handled after these
+        yield slow, offers
+
+
 @run_upgrades
 async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_path):
+    texts = [f'{number} ' + chr(97 + number) * 40_000 for number in range(25)]
     async with upgradable(tmp_path) as program, registered(program, A) as sender:
-        async with wired(program, narrow=True) as slow:
-            await slow.register()
-            slow.stall()
-            texts = [f'{number} ' + chr(97 + number) * 40_000 for number in range(25)]
-            for text in texts:
-                await sender.say(sender.offer(slow.peer.uuid, description=text))
-            await sender.ask(sender.offer(A))  # which is handled after these
+        async with unread(program, sender, texts) as (slow, offers):
             assert (await program.samples())['relay_buffered_bytes'] > 500_000
             assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
             assert (await program.samples())['relay_buffered_bytes'] > 500_000
-            await sender.say(sender.offer(slow.peer.uuid, description='25 '))
+            await sender.say(offer := sender.offer(slow.peer.uuid))
             slow.writer.transport.resume_reading()
-            for text in [*texts, '25 ']:
-                assert (await slow.hear())['description'] == text
+            assert [await slow.hear() for _ in range(26)] == [*offers, offer]
 
 
 @pytest.mark.parametrize('code', [1001, 1002, 1009])
 @run_upgrades
 async def test_a_closing_client_that_does_not_read_gets_its_messages_and_its_code(tmp_path, code):
     async with upgradable(tmp_path) as program, registered(program, A) as sender:
-        async with wired(program, narrow=True) as slow, contextlib.AsyncExitStack() as stack:
-            await slow.register()
-            slow.stall()
-            offer = sender.offer(slow.peer.uuid, description='x' * 40_000)
-            for _ in range(20):
-                await sender.say(offer)
-            await sender.ask(sender.offer(A))
-            if code == 1001:
-                await stack.enter_async_context(registered(program, slow.peer.uuid))
-            else:
-                slow.send(frame_of(3) if code == 1002 else frame_of(TEXT, length=2**21))
-            await until_read(program)
-            await program.upgrade()
-            slow.writer.transport.resume_reading()
-            assert [await slow.hear() for _ in range(20)] == [offer] * 20
-            opcode, data = await slow.frame()
-            assert (opcode, data[:2]) == (CLOSE, code_of(code))
-            slow.send(said('ignored'), frame_of(CLOSE, code_of(code)))
-            assert await slow.frame() is None
-            slow.finish()
-            while (await program.samples())['relay_open_connections'] > 1 + (code == 1001):
-                pass
+        async with unread(program, sender, ['x' * 40_000] * 20) as (slow, offers):
+            async with contextlib.AsyncExitStack() as stack:
+                if code == 1001:
+                    await stack.enter_async_context(registered(program, slow.peer.uuid))
+                else:
+                    slow.send(frame_of(3) if code == 1002 else frame_of(TEXT, length=2**21))
+                    await until_read(program)
+                await program.upgrade()
+                slow.writer.transport.resume_reading()
+                assert [await slow.hear() for _ in offers] == offers
+                opcode, data = await slow.frame()
+                assert (opcode, data[:2]) == (CLOSE, code_of(code))
+                slow.send(said('ignored'), frame_of(CLOSE, code_of(code)))
+                assert await slow.frame() is None
+                slow.finish()
+                while (await program.samples())['relay_open_connections'] > 1 + (code == 1001):
+                    pass
         await exchange(sender, sender)
 
 
@@ -2591,18 +2547,12 @@ async def test_a_client_that_does_not_close_is_dropped_in_time_after_the_upgrade
             assert await displaced.end() == ([], 1001)
 
 
-@on_linux
 @run_upgrades
 async def test_an_upgrade_reads_the_state_line_by_line(tmp_path):
     async with upgradable(tmp_path, '--rate', '0') as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(24):
-                slow = await stack.enter_async_context(wired(program, narrow=True))
-                await slow.register()
-                slow.stall()
-                for _ in range(4):
-                    await sender.say(sender.offer(slow.peer.uuid, description='x' * 250_000))
-            await sender.ask(sender.offer(A))
+                await stack.enter_async_context(unread(program, sender, ['x' * 250_000] * 4))
             held = (await program.samples())['relay_buffered_bytes']
             await program.upgrade()
             assert (await program.samples())['relay_buffered_bytes'] > 2**24
@@ -2661,7 +2611,6 @@ async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(tmp_pa
         await exchange(*peers[:2])
 
 
-@on_linux
 @pytest.mark.parametrize('host', ['', '::1', 'localhost'])
 @run_upgrades
 async def test_the_listening_sockets_are_the_same(tmp_path, host):
@@ -2724,7 +2673,7 @@ async def test_an_upgrade_closes_clients_over_tls_with_1012(tmp_path, pem):
             await exchange(peer, peer)
 
 
-# What is wrong with a new version: an edit of a file (none: it is missing), and what the log says.
+# What is wrong with a new version: an edit of a file (None: it is missing), and the logged reason.
 WRONG = [
     ('relay.py', prefixed('import import'), 'SyntaxError'),
     ('relay.py', prefixed('import no_such_package'), 'no_such_package'),
@@ -2746,7 +2695,10 @@ async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
             program.install('9.0.0')
             path, count = tmp_path / name, len(program.lines(''))
             right = path.read_text()
-            path.write_text(right.replace(*edit)) if edit else path.unlink()
+            if edit:
+                path.write_text(right.replace(*edit))
+            else:
+                path.unlink()
             line = await program.signal(signal.SIGUSR2, ' ERROR ')
             assert line.startswith('Upgrade failed, the running version goes on: ')
             assert reason in line and line.isprintable() and len(line) < 700
@@ -2758,7 +2710,6 @@ async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
         assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
 
 
-@on_linux
 @run_upgrades
 async def test_a_state_that_cannot_be_read_is_one_line_and_the_relay_starts_empty(tmp_path):
     edit = f'STATE_VERSION = {relay.STATE_VERSION}\n', 'STATE_VERSION = 99\n'
@@ -2808,7 +2759,6 @@ async def test_users_are_kept_apart_and_revoked_tokens_noticed_by_an_upgrade(tmp
                 assert (await alice.ask(alice.offer(B)))['error'] == unknown(B)
 
 
-@on_linux
 @run_upgrades
 async def test_upgrades_leave_nothing_behind(tmp_path):
     def files():
@@ -3058,24 +3008,19 @@ async def test_check_that_cannot_connect_shows_no_token(url, reason):
 
 
 @run_async
-async def test_check_says_that_a_certificate_is_self_signed(tls):
-    async with running_relay(tls) as server:
-        assert 'if it is self-signed, set SSL_CERT_FILE' in await check_line(server.url)
-
-
-@run_async
-async def test_check_says_that_tls_is_used_at_one_end_only(tls):
+async def test_check_says_what_is_wrong_with_tls(tls):
     hint = '; check the address, ws:// or wss://, and that the relay is running'
-    async with running_relay(tls) as with_tls, running_relay() as without:
-        for url in (with_tls.url.replace('wss', 'ws'), without.url.replace('ws', 'wss')):
-            assert (await check_line(url)).endswith(hint)
+    async with running_relay(tls) as secure, running_relay() as plain:
+        assert 'if it is self-signed, set SSL_CERT_FILE' in await check_line(secure.url)
+        assert (await check_line(secure.url.replace('wss:', 'ws:'))).endswith(hint)
+        assert (await check_line(plain.url.replace('ws:', 'wss:'))).endswith(hint)
 
 
 @run_async
 async def test_check_says_that_two_relays_need_nats():
+    hint = 'is unknown; see the log of the relay or, if there are several, check their --nats'
     async with running_relay() as one, running_relay() as other:
         line = await check_line(one.url, other.url)
-    hint = 'is unknown; see the log of the relay or, if there are several, check their --nats'
     assert line.startswith(f'{one.url} and {other.url}: Cannot forward ') and line.endswith(hint)
 
 
