@@ -1692,10 +1692,10 @@ async def test_one_client_too_many_is_closed_with_1013(caplog):
     with logged(caplog, 'INFO') as lines:
         async with running_relay(max_clients=2) as server, registered(server, A) as one:
             async with connected(server):
-                with moves(server, refused('full'), 2):
-                    async with connected(server) as late, connected(server) as later:
-                        assert await late.closed_with() == CloseCode.TRY_AGAIN_LATER
-                        assert await later.closed_with() == CloseCode.TRY_AGAIN_LATER
+                for _ in range(2):
+                    with moves(server, refused('full')):
+                        async with connected(server) as late:
+                            assert await late.closed_with() == CloseCode.TRY_AGAIN_LATER
                 await exchange(one, one)
             await until(lambda: len(server._websocket_to_client) == 1)
             async with registered(server, B) as other:
@@ -1704,9 +1704,7 @@ async def test_one_client_too_many_is_closed_with_1013(caplog):
 
 
 def test_the_limit_of_open_files_limits_the_number_of_clients():
-    import resource
-
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = relay.resource.getrlimit(relay.resource.RLIMIT_NOFILE)[0]
     assert RelayServer()._max_clients == files - relay.RESERVED_FDS - relay.HANDSHAKE_FDS
 
 
@@ -1908,7 +1906,7 @@ async def fetch(port, path='/', lines=''):
 
 
 def samples_in(text):
-    """Return what Prometheus reads: the value of each sample by its name."""
+    """Return the values in a text for Prometheus, by the name of their sample."""
     lines = [line.rsplit(' ', 1) for line in text.splitlines() if line[0] != '#']
     return {name: float(value) for name, value in lines}
 
@@ -2233,7 +2231,7 @@ RESTORING = waiting("'RELAY_TRIAL' not in os.environ")
 
 
 class Program:
-    """A copy of relay.py in a folder, which runs as a process."""
+    """A copy of relay.py in a folder, run as a process."""
 
     def __init__(self, folder, options, edits):
         self.folder, self.log, self.errors = folder, folder / 'out', folder / 'err'
@@ -2245,7 +2243,7 @@ class Program:
             self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
 
     def install(self, version, *edits):
-        """Replace the relay.py of the process by a version with some edits."""
+        """Put a version of relay.py, with some edits, where the process looks for it."""
         text = (HERE / 'relay.py').read_text()
         version = f"__version__ = '{relay.__version__}'", f"__version__ = '{version}'"
         for old, new in (version, *self.edits, *edits):
@@ -2290,11 +2288,9 @@ class Program:
         await upgrading
 
     async def samples(self):
-        """Return the value of each metric by its name."""
         return samples_in((await fetch(self.metrics_port))[1])
 
     def descriptors(self):
-        """Return what each open file of the process is."""
         names = []
         for path in Path(f'/proc/{self.process.pid}/fd').iterdir():
             with contextlib.suppress(FileNotFoundError):  # it was closed just now
@@ -2360,7 +2356,6 @@ async def talking(*pairs):
 
 @contextlib.asynccontextmanager
 async def pair_of(server, **options):
-    """Connect two clients."""
     async with registered(server, uuid4(), **options) as one:
         async with registered(server, uuid4(), generation='relay', **options) as other:
             yield one, other
@@ -2404,7 +2399,6 @@ BEGUN = {
 
 
 def fragmented(text, cuts):
-    """Return the frames of a message that is cut into fragments."""
     frames = []
     for start, end in zip([0, *cuts], [*cuts, len(text)]):
         opcode, head = CONT if frames else TEXT, LAST if end == len(text) else 0
@@ -2857,7 +2851,6 @@ async def test_an_upgrade_notifies_systemd(tmp_path, systemd, monkeypatch):
 
 
 async def check_line(*urls):
-    """Return the line that a check ends with."""
     try:
         return await relay.check(*urls)
     except relay.StartError as error:
