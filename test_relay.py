@@ -2450,10 +2450,13 @@ async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
 
 @run_upgrades
 async def test_a_message_that_waits_for_its_rate_does_not_wait_for_the_next(tmp_path):
-    async with upgradable(tmp_path, '--rate', '1') as program, registered(program, A) as peer:
-        await peer.say(peer.offer(A))
-        await program.upgrade()
-        assert await peer.hear() == peer.offer(A)
+    options = '--rate', '10', '--ping-interval', '0'  # a ping would wake the relay
+    async with upgradable(tmp_path, *options) as program:
+        async with registered(program, A, ping_interval=None) as peer:
+            await peer.ask(peer.offer(A, description='x' * 900_000))  # which uses up 5 seconds
+            await peer.say(peer.offer(A))
+            await program.upgrade()
+            assert await peer.hear() == peer.offer(A)
 
 
 @run_upgrades
