@@ -1917,7 +1917,7 @@ def samples(server):
 
 @contextlib.contextmanager
 def moves(server, name, amount=1):
-    """See that a sample moves by an amount, and that no refusal but it does."""
+    """See that a sample changes by an amount, and that no other refusal is counted."""
     before = samples(server)
     yield
     after = samples(server)
@@ -2129,7 +2129,7 @@ def systemd(request, tmp_path, monkeypatch):
 
 
 def heard(sock, word):
-    """Return the first notification that holds a word."""
+    """Return the first notification that contains a word."""
     while word not in (text := sock.recv(4096).decode()):
         pass
     return text
@@ -2202,11 +2202,12 @@ async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
 #
 # A copy of relay.py runs as a process. The tests change the file on disk and send SIGUSR2.
 
-on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
 UPGRADES = 4  # in a row, to see whether one leaves something behind
 
 
 def run_upgrades(test):
+    """Run a test of upgrades, which only work on Linux; each takes about half a second."""
     return on_linux(run_within(60)(test))
 
 
@@ -2252,12 +2253,12 @@ class Program:
         (self.folder / 'relay.py').write_text(text)
 
     def lines(self, word):
-        """Return the lines of the log that hold a word, without the time and level."""
+        """Return the lines of the log that contain a word, without the time and level."""
         lines = [line for line in self.log.read_text().splitlines() if word in line]
         return [line.partition(' :: ')[2] or line for line in lines]
 
     async def logs(self, word, count=1):
-        """Wait until so many lines of the log hold a word, and return the last of them."""
+        """Wait until so many lines of the log contain a word, and return the last of them."""
         while len(self.lines(word)) < count:
             text = self.log.read_text() + self.errors.read_text()
             assert self.process.poll() is None or len(self.lines(word)) >= count, text
@@ -2265,13 +2266,13 @@ class Program:
         return self.lines(word)[count - 1]
 
     async def signal(self, number, word):
-        """Send a signal, and return the next line of the log that holds a word."""
+        """Send a signal, and return the next line of the log that contains a word."""
         count = len(self.lines(word)) + 1
         self.process.send_signal(number)
         return await self.logs(word, count)
 
     async def upgrade(self, version='9.0.0', *edits):
-        """Upgrade the process, and return what it says of that."""
+        """Upgrade the process, and return its log line about that."""
         self.install(version, *edits)
         return await self.signal(signal.SIGUSR2, 'Upgraded ')
 
@@ -2449,7 +2450,7 @@ async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
 
 
 @run_upgrades
-async def test_a_message_that_waits_for_its_rate_does_not_wait_for_the_next(tmp_path):
+async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(tmp_path):
     options = '--rate', '10', '--ping-interval', '0'  # a ping would wake the relay
     async with upgradable(tmp_path, *options) as program:
         async with registered(program, A, ping_interval=None) as peer:
@@ -2748,7 +2749,7 @@ async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
 
 
 @run_upgrades
-async def test_users_are_kept_apart_and_revoked_tokens_noticed_by_an_upgrade(tmp_path, tokens):
+async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(tmp_path, tokens):
     async with upgradable(tmp_path, '--token-file', tokens) as program:
         async with registered(program, A, **bearer('a1')) as alice:
             async with registered(program, A, **bearer('b1')) as bob:
@@ -2780,7 +2781,7 @@ async def test_upgrades_leave_nothing_behind(tmp_path):
 
 
 @run_upgrades
-async def test_signals_upon_signals_do_no_harm(tmp_path):
+async def test_many_signals_in_a_row_do_no_harm(tmp_path):
     async with upgradable(tmp_path) as program, pair_of(program) as pair:
         for signals in ('UU', 'UUUUU', 'UH', 'HU', 'HUHUH'):
             count = len(program.lines('Upgraded ')) + 1
