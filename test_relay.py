@@ -3778,8 +3778,8 @@ def paused(seconds):
     return pause
 
 
-def received(size):
-    """Wait until the relay has received so many bytes that it cannot process yet."""
+def received(size=relay.RECEIVE_BUFFER + 1):
+    """Wait until so many bytes wait to be processed: by default, so many that none is read."""
     return lambda wire: until(lambda: len(wire.link.input) >= size)
 
 
@@ -3809,10 +3809,7 @@ ENDINGS = {
     'reset, unread output': [leaves_unread, Wire.reset],
     'reset, paused': [paused(60), said('{}') * 300, received(2000), Wire.reset],
     'reset, more': [paused(60), said('x' * 500) * 100, received(49_000), Wire.reset],
-    'reset, not read': [
-        *(paused(60), said('x' * 1000) * 1000),
-        *(received(relay.RECEIVE_BUFFER + 1), Wire.reset),
-    ],
+    'reset, not read': [paused(60), said('x' * 1000) * 1000, received(), Wire.reset],
     # The answer to the first but one cannot be written.
     'messages and reset, paused': [paused(0.01), said('x' * 6000) * 9, Wire.reset],
 }
@@ -3820,10 +3817,7 @@ TLS_ENDINGS = {
     **ENDINGS,
     'close_notify': [Wire.end_tls],
     'close and close_notify': [CLOSE_1000, Wire.end_tls],
-    'close_notify, unread output': [
-        *(leaves_unread, paused(0.02)),
-        *(said('x' * 6000) * 3, Wire.end_tls),
-    ],
+    'close_notify, paused': [leaves_unread, paused(0.02), said('x' * 6000) * 3, Wire.end_tls],
     'end in a record': [
         lambda wire: wire.writer.write(wire.records(said('x' * 300))[:99]),
         Wire.finish,
@@ -3855,7 +3849,7 @@ async def end(wire, steps):
 async def test_every_kind_of_ending_closes_the_connection_in_time(security, steps, no_error):
     async with relay_with_wire(security, narrow=True, **SOON) as (server, peer, wire):
         await end(wire, steps)
-        await asyncio.wait_for(alone(server, peer), 2)
+        await asyncio.wait_for(alone(server, peer), 4)
 
 
 @pytest.mark.parametrize('name', ['close', 'protocol error', 'closed by the relay'])
@@ -3896,7 +3890,7 @@ async def test_a_handshake_that_is_given_up_leaves_nothing(security, start, leav
         async with wired(server, opened=False) as wire:
             wire.send(start)
             leave(wire)
-            await asyncio.wait_for(alone(server, peer), 2)
+            await asyncio.wait_for(alone(server, peer), 4)
             wire.writer.transport.resume_reading()
             with contextlib.suppress(ConnectionError):
                 await wire.reader.read()  # to the end
@@ -3996,8 +3990,8 @@ async def test_a_peer_that_reads_a_byte_at_a_time_does_not_hurt_others():
 # By name: what makes a relay answer, and how many of them.
 FLOODS = {
     'texts': (said('x'), 2**14),
-    'pings': (frame_of(PING, b'x' * 125), 2**15),
-    'messages': (said({**OFFER, 'description': 'x' * 2**14}), 2**8),
+    'pings': (frame_of(PING, b'x' * 125), 2**14),
+    'messages': (said({**OFFER, 'description': 'x' * 2**14}), 2**7),
 }
 
 
@@ -4071,11 +4065,12 @@ async def test_timers_of_a_client_that_is_lost_do_nothing():
 @run_async
 async def test_messages_before_an_end_are_forwarded_even_if_no_answer_can_be_sent():
     async with relay_with_wire() as (_, peer, wire):
-        first, *offers = [said(wire.peer.offer(A, description=str(n))) for n in range(10)]
-        # The relay answers the second message, and the network resets the connection for it.
-        await end(wire, [paused(0.01), first, said('x') * 3, *offers, Wire.finish])
+        offers = [wire.peer.offer(A, description=str(n)) for n in range(10)]
+        data = [said(offer) for offer in offers]
+        # The relay answers the third message, and the network resets the connection for it.
+        await end(wire, [paused(0.01), *data[:2], said('x') * 3, *data[2:], Wire.finish])
         wire.writer.transport.abort()
-        assert [(await peer.hear())['description'] for _ in range(10)] == [*'0123456789']
+        assert [await peer.hear() for _ in offers] == offers
 
 
 @run_async
