@@ -3640,7 +3640,6 @@ async def test_a_protocol_error_closes_with_its_code_and_the_rest_is_ignored(dat
         answers = int(data == BROKEN['a continuation of a whole text'][0])
         assert [b'message_type must be' in text for _, text in frames] == [True] * answers
         wire.send(more)
-        wire.writer.close()
         assert await peer.hear() == wire.peer.offer(A)
 
 
@@ -3651,7 +3650,6 @@ async def test_after_its_close_nothing_that_a_client_says_does_anything():
         wire.send(CLOSE_1000, more)
         wire.send(more)
         assert await wire.end() == ([], 1000)
-        wire.writer.close()
 
 
 @run_async
@@ -3664,7 +3662,6 @@ async def test_after_the_close_of_the_relay_nothing_that_a_client_says_does_anyt
         assert await wire.frame() == (PONG, b'?')
         wire.send(CLOSE_1000)
         assert await wire.frame() is None
-        wire.writer.close()
 
 
 @pytest.mark.parametrize('rate', [0, 2000])
@@ -4219,7 +4216,7 @@ async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data,
     async with relay_with_wire() as (server, peer, wire):
         wire.send(data)
         assert await wire.end() == ([], CloseCode.POLICY_VIOLATION)
-        wire.writer.close()
+        wire.finish()
         await alone(server, peer)
         assert server.refusal_counts['incomplete'] == 1
 
