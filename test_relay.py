@@ -3766,9 +3766,15 @@ def paused(seconds):
     return pause
 
 
-def received(size=relay.RECEIVE_BUFFER + 1):
-    """Wait until so many bytes wait to be processed: by default, so many that none is read."""
+def received(size):
+    """Wait until so many bytes wait to be processed."""
     return lambda wire: until(lambda: len(wire.link.input) >= size)
+
+
+def is_not_read(wire):
+    """Wait until nothing is read of a client, for longer than a turn of the loop."""
+    link, unread = wire.link, wire.server.listener.not_reading
+    return until(lambda: link in unread and link.paused_for != {relay.SLICE_USED})
 
 
 # What a client may do once it has registered, in place of a proper end: bytes, and other steps.
@@ -3797,7 +3803,8 @@ ENDINGS = {
     'reset, unread output': [leaves_unread, Wire.reset],
     'reset, paused': [paused(60), said('{}') * 300, received(2000), Wire.reset],
     'reset, more': [paused(60), said('x' * 500) * 100, received(49_000), Wire.reset],
-    'reset, not read': [paused(60), said('x' * 1000) * 1000, received(), Wire.reset],
+    'reset, not read': [paused(60), said('x' * 1000) * 1000, is_not_read, Wire.reset],
+    'reset, flooded': [Wire.stall, frame_of(PING, b'x' * 125) * 2**14, is_not_read, Wire.reset],
     # The answer to the first but one cannot be written.
     'messages and reset, paused': [paused(0.01), said('x' * 6000) * 9, Wire.reset],
 }
