@@ -3977,15 +3977,16 @@ async def test_a_peer_that_reads_a_byte_at_a_time_does_not_hurt_others():
 
 # By name: what makes a relay answer, and how many of them.
 FLOODS = {
-    'texts': (said('x'), 2**14),
-    'pings': (frame_of(PING, b'x' * 125), 2**14),
-    'messages': (said({**OFFER, 'description': 'x' * 2**14}), 2**7),
+    'texts': (said('x'), 2**13),
+    'pings': (frame_of(PING, b'x' * 125), 2**13),
+    'messages': (said({**OFFER, 'description': 'x' * 2**14}), 2**6),
 }
 
 
 @pytest.mark.parametrize('data, count', FLOODS.values(), ids=FLOODS)
 @run_async
-async def test_a_client_that_does_not_read_is_not_read(data, count, security):
+async def test_a_client_that_does_not_read_is_not_read(data, count, security, monkeypatch):
+    monkeypatch.setattr(relay, 'MAX_BACKLOG', 2**18)
     async with relay_with_wire(security, narrow=True) as (_, peer, wire):
         wire.stall()
         wire.send(data * count)
