@@ -4579,6 +4579,13 @@ async def test_of_three_nats_servers_one_may_be_killed(caplog, quick):
                 await hears_only(c)
 
 
+def clients_named(name):
+    """Return the clients of a name that are in memory."""
+    gc.collect()
+    clients = [thing for thing in gc.get_objects() if isinstance(thing, relay.Client)]
+    return [client for client in clients if client.name == name]
+
+
 @over_nats
 async def test_clients_that_leave_leave_nothing_with_nats():
     with running_nats() as server:
