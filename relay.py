@@ -2140,7 +2140,7 @@ class Backplane:
 
     async def _use_connection(self) -> None:
         """Connect to NATS, and keep all clients claimed until the connection fails."""
-        self.nats, self.subscriptions = self.library.NATS(), {}  # they cannot be used again
+        self.nats, self.subscriptions = self.library.NATS(), {}  # each is of use only once
         try:
             await self.nats.connect(error_cb=self._on_error, **self.options)
             await self.nats.subscribe('relay.claims', cb=self._on_claims)
@@ -2178,7 +2178,7 @@ class Backplane:
 
     async def _on_error(self, error: Exception) -> None:
         """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
-        # nats-py 2.16 puts its name before texts, quotes subjects, and asserts that it is connected.
+        # nats-py 2.16 puts its name before texts, quotes subjects, and asserts to be connected.
         text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '") or repr(error)
         faults = self.library.errors.Error, OSError, asyncio.TimeoutError, AssertionError
         if not isinstance(error, faults):
@@ -2237,9 +2237,9 @@ class Backplane:
                     claims.clear()
 
     async def _on_claims(self, message: Any) -> None:
-        # A younger client with a higher stamp displaces one here. If its relay's clock is slow, its
-        # stamp is lower: this relay answers with its claim, and the other one outbids that. A claim
-        # does not age on its way, so if clocks differ, one that comes late may win.
+        # A younger client with a higher stamp displaces one here. If its relay has a slow clock, its
+        # stamp is lower: this relay answers, and the other one outbids the answer. Claims do not age
+        # on their way, so if clocks differ, one that comes late may win.
         batch, now = json.loads(message.data), time.monotonic()
         if batch['version'] != 1:
             raise ConnectionError('another relay makes claims of a version not known here')
