@@ -2199,7 +2199,7 @@ class Backplane:
             await asyncio.wait(self.tasks, timeout=DRAIN_TIMEOUT)
         while not self.running.done():  # nats-py may take a cancellation for one of its own
             self.running.cancel()
-            await asyncio.wait({self.running}, timeout=2 * NATS_REQUEST_TIMEOUT)
+            await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
@@ -2237,9 +2237,9 @@ class Backplane:
                     claims.clear()
 
     async def _on_claims(self, message: Any) -> None:
-        # A younger client with a higher stamp displaces one here. If its relay has a slow clock, its
-        # stamp is lower: this relay answers, and the other one outbids the answer. Claims do not age
-        # on their way, so if clocks differ, one that comes late may win.
+        # A younger client with a higher stamp displaces one here. If the clock of its relay is
+        # slow, its stamp is lower: this relay answers, and the other one outbids the answer. A
+        # claim does not age on its way, so if clocks differ, one that comes late may win.
         batch, now = json.loads(message.data), time.monotonic()
         if batch['version'] != 1:
             raise ConnectionError('another relay makes claims of a version not known here')
