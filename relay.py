@@ -2086,7 +2086,7 @@ def _import_nats(credentials: str | None) -> Any:
     except OSError as error:
         raise StartError(f'cannot read {credentials}: {error.strerror}') from error
     logging.getLogger('nats').setLevel(logging.CRITICAL)  # all that matters reaches `_on_error`
-    # gh-136234, Python 3.12 to 3.14.0: writelines() on a lost connection can mute a later client.
+    # gh-136234, Python 3.12 to 3.14.0: writelines() on a lost connection may mute a later client.
     nats.aio.transport.TcpTransport.writelines = lambda self, data: self.write(b''.join(data))
     return nats
 
@@ -2140,7 +2140,7 @@ class Backplane:
 
     async def _use_connection(self) -> None:
         """Connect to NATS, and keep all clients claimed until the connection fails."""
-        self.nats, self.subscriptions = self.library.NATS(), {}  # each is of use only once
+        self.nats, self.subscriptions = self.library.NATS(), {}  # new for each connection
         try:
             await self.nats.connect(error_cb=self._on_error, **self.options)
             await self.nats.subscribe('relay.claims', cb=self._on_claims)

@@ -5761,7 +5761,8 @@ async def test_a_connection_lost_while_the_relay_subscribes_is_a_fault(bus, capl
 
     calls, subscribe = [], nats.NATS.subscribe
     monkeypatch.setattr('nats.NATS.subscribe', interrupted)
-    async with joined_relay(bus):
+    async with joined_relay(bus) as server:
+        await until(lambda: server.backplane.round_trip)
         lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     lost = '; clients of other relays cannot be reached'
     assert lines == [f'NATS: interrupted while connecting{lost}']
