@@ -2155,10 +2155,11 @@ class Backplane:
                 self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)
                 await asyncio.sleep(NATS_HEARTBEAT)
         finally:
-            # If the server does not read, close() lasts until the kernel gives up.
-            closing: Any = asyncio.gather(self.nats.close(), return_exceptions=True)
+            # nats-py 2.16: its flusher may fail; close() lasts long if the server does not read.
+            flusher = filter(None, [getattr(self.nats, '_flusher_task', None)])
+            closing: Any = asyncio.gather(self.nats.close(), *flusher, return_exceptions=True)
             await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
-            # nats-py 2.16: close() may leave the tasks of subscriptions running.
+            # It may also leave the tasks of subscriptions running.
             for subscription in {**getattr(self.nats, '_subs', {}), **self.subscriptions}.values():
                 subscription._stop_processing()
             for task in self.tasks:
@@ -2216,7 +2217,7 @@ class Backplane:
         """Subscribe and claim clients in batches, and unsubscribe those that have left."""
         if not self.connected:
             return
-        nats, subscriptions, claims = self.nats, self.subscriptions, []
+        nats, subscriptions, batch = self.nats, self.subscriptions, []
         self.changed.update(clients)
         async with self.updating:
             while self.changed:
@@ -2228,13 +2229,12 @@ class Backplane:
                     handler = partial(self._on_request, client.user, client.uuid)
                     subscriptions[client] = await nats.subscribe(subject, 'relays', handler)
                 if client in self.claims:
-                    stamp, claim_id, since = self.claims[client]
-                    age = time.monotonic() - since
-                    claims.append((subject, stamp, claim_id, age, client.address))
-                if claims and (not self.changed or len(claims) * CLAIM_SIZE > nats.max_payload):
-                    batch = json.dumps({'version': 1, 'claims': claims})
-                    await nats.publish('relay.claims', batch.encode())
-                    claims.clear()
+                    own = self.claims[client]
+                    batch.append((subject, *own[:2], time.monotonic() - own.since, client.address))
+                if batch and (not self.changed or len(batch) * CLAIM_SIZE > nats.max_payload):
+                    text = json.dumps({'version': 1, 'claims': batch})
+                    await nats.publish('relay.claims', text.encode())
+                    batch.clear()
 
     async def _on_claims(self, message: Any) -> None:
         # A younger client with a higher stamp displaces one here. If the clock of its relay is
