@@ -2118,7 +2118,7 @@ class Backplane:
         self.changed: set[Client] = set()  # to subscribe and claim next, or to unsubscribe
         self.updating = asyncio.Lock()
         self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
-        self.queues: dict[str, deque[tuple[Client, bytes]]] = {}  # senders and texts, by subject
+        self.queues: dict[tuple[str, UUID], deque[tuple[Client, bytes]]] = {}  # by user and UUID
         self.in_flight = 0  # bytes in all queues
         self.tasks: set[asyncio.Future[None]] = set()  # cancelled when the connection has failed
         self.running = asyncio.ensure_future(self._run())
@@ -2257,26 +2257,26 @@ class Backplane:
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message or return why not. What another relay refuses is sent back later."""
-        subject, size = _subject(client.user, message.peer_uuid), len(data) + MESSAGE_COST
-        queue = self.queues.get(subject, deque())
+        key, size = (client.user, message.peer_uuid), len(data) + MESSAGE_COST
+        queue = self.queues.get(key, deque())
         if not self.connected or self.in_flight + size > MAX_IN_FLIGHT:
             return 'disconnected'
         if len(data) > self.nats.max_payload:
             return 'too_long'
         if queue and sum(len(text) + MESSAGE_COST for _, text in queue) + size > MAX_BACKLOG:
             return 'backlog'
-        if subject not in self.queues:
-            self.queues[subject] = queue
-            self._start(self._send_queue(subject, queue))
+        if key not in self.queues:
+            self.queues[key] = queue
+            self._start(self._send_queue(key, queue))
         queue.append((client, data))
         self.in_flight += size
         return None
 
-    async def _send_queue(self, subject: str, queue: deque[tuple[Client, bytes]]) -> None:
+    async def _send_queue(self, key: tuple[str, UUID], queue: deque[tuple[Client, bytes]]) -> None:
         while queue:
             verdicts: list[str] | None = None
             with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
-                verdicts = await self._log_errors(self._send_batch(subject, queue))
+                verdicts = await self._log_errors(self._send_batch(_subject(*key), queue))
             # After a failure, a batch may still arrive: nothing is sent that could overtake it.
             for kind in verdicts or ['disconnected'] * len(queue):
                 client, data = queue.popleft()
@@ -2284,7 +2284,7 @@ class Backplane:
                 if kind and client.link.is_open:
                     message: Any = decode(data.decode())
                     self.relay.send_back(client, message, kind)
-        del self.queues[subject]
+        del self.queues[key]
 
     async def _send_batch(self, subject: str, queue: Iterable[tuple[Client, bytes]]) -> list[str]:
         """Return verdicts on the first messages. Tries again while none can have arrived."""
