@@ -2135,11 +2135,10 @@ class Backplane:
 
     async def _run(self) -> None:
         while True:
-            await self._log_errors(self._use_connection())
+            await self._log_errors(self._connect_and_claim())
             await asyncio.sleep(NATS_HEARTBEAT)
 
-    async def _use_connection(self) -> None:
-        """Connect to NATS, and keep all clients claimed until the connection fails."""
+    async def _connect_and_claim(self) -> None:
         self.nats, self.subscriptions = self.library.NATS(), {}  # new for each connection
         try:
             await self.nats.connect(error_cb=self._on_error, **self.options)
@@ -2155,12 +2154,11 @@ class Backplane:
                 self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)
                 await asyncio.sleep(NATS_HEARTBEAT)
         finally:
-            # nats-py 2.16: its flusher may fail; close() lasts long if the server does not read.
+            # nats-py 2.16: its flusher may fail; close() may last long, and leave tasks running.
             flusher = filter(None, [getattr(self.nats, '_flusher_task', None)])
             closing: Any = asyncio.gather(self.nats.close(), *flusher, return_exceptions=True)
             await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
-            # It may also leave the tasks of subscriptions running.
-            for subscription in {**getattr(self.nats, '_subs', {}), **self.subscriptions}.values():
+            for subscription in list(getattr(self.nats, '_subs', {}).values()):
                 subscription._stop_processing()
             for task in self.tasks:
                 task.cancel()
@@ -2309,6 +2307,8 @@ class Backplane:
     async def _on_request(self, user: str, uuid: Any, message: Any) -> None:
         verdicts = [self.relay.deliver(user, uuid, data) for data in message.data.split(b'\0')]
         await message.respond(','.join(kind or '' for kind in verdicts).encode())
+        if not self.connected:  # nats-py 2.16 may have ignored a cancellation, and would go on
+            raise asyncio.CancelledError
 
 
 def _subject(user: str, uuid: UUID | None) -> str:
