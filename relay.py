@@ -66,7 +66,7 @@ import ssl
 import sys
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
@@ -146,7 +146,6 @@ ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 # NATS.
 NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
 SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
-NEVER = float('inf')  # s
 NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
 CLAIM_BEATS = 120  # heartbeats between claims: a split of NATS servers ends without a sign
 CLAIM_SIZE = 2**12  # bytes of NATS' max_payload for each claim in a batch; most take 160
@@ -829,10 +828,10 @@ class RelayServer:
             return
         if message.source_uuid != client.uuid:
             kind = 'forged_source'
-        elif self.backplane is None:
-            kind = self.deliver(client.user, message.peer_uuid, data)
         else:
-            kind = self.backplane.forward(client, message, data)
+            kind = self.deliver(client.user, message.peer_uuid, data)
+            if kind == 'unknown_peer' and self.backplane is not None:
+                kind = self.backplane.forward(client, message, data)
         if kind is not None:
             self.send_back(client, message, kind)
 
@@ -2021,45 +2020,40 @@ def configure_logging(log_dir: str | None, level: str) -> None:
 
 
 # ------------------------------------------------------------------------------- Scale-out
-
-# Connects clients of different relays over NATS; nothing here runs without --nats. The wire:
-#   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes (no
-#       JSON text contains any). Relays subscribe as a queue group, so NATS gives it to only one,
-#       which replies for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
-#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]], "upgrading": bool}
-#       is heard by all relays; the last key says that the sender's clients will soon be back.
 #
-# How it may change: readers ignore additional keys and additional items at the end of a claim, and
-# take an unknown verdict for "disconnected". Anything else needs another version, whose claims
-# older relays ignore with a WARNING: all relays have to know it before the first one uses it.
+# Connects clients of different relays over NATS. Nothing here runs without --nats. The subjects:
+#   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes, which
+#       no JSON text contains. Relays subscribe as a queue group, so NATS asks only one. It replies
+#       for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
+#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]]} goes to all. With
+#       "upgrading": true, the sender's clients will soon be back.
+#
+# Relays ignore new keys and new items of a claim, and take a new verdict for "disconnected". Any
+# other change needs a new version, which all relays must know before the first one uses it.
 
 
 def _import_nats(credentials: str | None) -> Any:
-    """Return the package of nats-py; raises StartError if it or the credentials cannot be used."""
-    package = "'nats-py[nkeys]'" if credentials else 'nats-py'
     try:
-        import nats.aio.client
-
+        nats: Any = importlib.import_module('nats')
         if credentials:
             importlib.import_module('nkeys')
             with open(credentials, 'rb') as file:
-                if b'BEGIN USER NKEY SEED' not in file.read():
+                # nats-py 2.16 searches a file without the first of these forever.
+                if not re.search(b'BEGIN NATS USER JWT.*BEGIN USER NKEY SEED', file.read(), re.S):
                     raise StartError(f'{credentials} holds no credentials for NATS')
     except ImportError as error:
+        package = "'nats-py[nkeys]'" if credentials else 'nats-py'
         raise StartError(f'--nats: {error}; try: pip install {package}') from error
     except OSError as error:
         raise StartError(f'cannot read {credentials}: {error.strerror}') from error
-    # nats-py logs errors of closing a lost connection, which is replaced anyway.
-    logging.getLogger('nats').setLevel(logging.CRITICAL)
-    # Python 3.12 to 3.14.0 (gh-136234): writelines() on a lost connection, as nats-py does, may
-    # register a descriptor that by then belongs to a client, who is never heard again.
-    write: Any = lambda writer, pieces: writer.write(b''.join(pieces))  # noqa: E731
-    asyncio.StreamWriter.writelines = write  # type: ignore[method-assign]
+    logging.getLogger('nats').setLevel(logging.CRITICAL)  # all that matters reaches `_on_error`
+    # gh-136234, Python 3.12 to 3.14.0: writelines() on a lost connection may mute a later client.
+    nats.aio.transport.TcpTransport.writelines = lambda self, data: self.write(b''.join(data))
     return nats
 
 
 class Claim(NamedTuple):
-    """A client's claim to its UUID, in plain values; the highest (stamp, id) holds the UUID."""
+    """A client's claim to its UUID. The highest (stamp, id) holds the UUID."""
 
     stamp: int  # ns, wall clock at registration, or higher to outbid an older client
     id: str  # unique; decides between equal stamps
@@ -2069,107 +2063,85 @@ class Claim(NamedTuple):
 class Backplane:
     """A relay's connection to the other relays, and everything it has in flight there.
 
-    Each client in `claims` is a NATS subscription, listed in `subscriptions` once it is made. If
-    the connection fails in any way, a new one subscribes and claims all clients again.
-
-    Messages to other relays wait in `queues`, one for each sender and peer. A queue sends a batch
-    and waits for its verdicts, so messages stay in order and each has one outcome.
+    Each client has a claim, and a subscription of the present connection. Messages to each peer
+    wait in a queue. It sends a batch and waits for its verdicts: one for each message, in order.
     """
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
         self.relay, self.library = relay, _import_nats(credentials)
-        self.faults = self.library.errors.Error, OSError, asyncio.TimeoutError
         self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
-        self.nats: Any = None  # the connection, while there is one
-        self.max_payload, self.round_trip = 0, 0.0  # bytes; s, to NATS and back
+        self.nats: Any = self.library.NATS()
+        self.round_trip = 0.0  # s, to NATS and back
         self.logged: set[str] = set()  # faults logged since the last connection was made
         self.claims: dict[Client, Claim] = {}
         self.clients: dict[str, Client] = {}  # those in `claims`, by subject
         self.subscriptions: dict[Client, Any] = {}
-        self.unclaimed: asyncio.Queue[Client] = asyncio.Queue()  # to subscribe and claim next
+        self.changed: set[Client] = set()  # to subscribe and claim next, or to unsubscribe
+        self.updating = asyncio.Lock()
         self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
-        self.queues: dict[tuple[Client, UUID], deque[bytes]] = {}
-        self.in_flight, self.total_in_flight = Counter[Client](), 0  # bytes
-        self.tasks: set[asyncio.Future[Any]] = set()  # cancelled when the connection has failed
-        self.unfinished: set[asyncio.Future[Any]] = set()  # those that close() waits for
-        self.running: asyncio.Future[None] | None = None
-        self.start()
+        self.queues: dict[tuple[str, UUID], deque[tuple[Client, bytes]]] = {}  # by user and UUID
+        self.in_flight = 0  # bytes in all queues
+        self.tasks: set[asyncio.Future[None]] = set()  # cancelled when the connection has failed
+        self.running = asyncio.ensure_future(self._run())
 
     def start(self) -> None:
-        """Connect, and connect again whenever the connection fails, unless that is going on."""
-        if self.running is None or self.running.done():
+        """Connect again after a close."""
+        if self.running.done():
             self.running = asyncio.ensure_future(self._run())
 
     @property
     def connected(self) -> bool:
         """Whether messages can be sent to other relays."""
-        return self.nats is not None and bool(self.nats.is_connected)
+        return bool(self.nats.is_connected)
 
     async def _run(self) -> None:
         while True:
-            nats = self.library.NATS()  # a new one: it carries over state of a lost connection
-            try:
-                await nats.connect(error_cb=self._on_error, **self.options)
-                await self._serve(nats)
-            except Exception as error:
-                self.nats = None
-                await self._on_error(error)
-            finally:
-                self.nats = None
-                # If the server does not read, close() lasts until the kernel gives up.
-                closing = asyncio.gather(nats.close(), return_exceptions=True)
-                await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
-                for task in self.tasks:
-                    task.cancel()
-                # nats-py 2.16: after a connection reset, close() leaves their tasks running.
-                for subscription in list(getattr(nats, '_subs', {}).values()):
-                    subscription._stop_processing()
+            await self._log_errors(self._connect_and_claim())
             await asyncio.sleep(NATS_HEARTBEAT)
 
-    async def _serve(self, nats: Any) -> None:
-        """Use a connection until it fails, which raises an exception."""
-        await nats.subscribe('relay.claims', cb=self._on_claims)
-        if not nats.is_connected:  # or never was: nats-py 2.16 may take other news for its pong
-            raise ConnectionError('interrupted while connecting')
-        # New objects: tasks of the last connection may still be using the old ones.
-        self.subscriptions, self.unclaimed = {}, asyncio.Queue()
-        self.nats, self.max_payload = nats, nats.max_payload
-        self.logged.clear()
-        logger.info('NATS is connected: %s', nats.connected_url.netloc.rpartition('@')[2])
-        claiming = self._start(self._claim_clients(nats))
-        for beat in itertools.count():
-            # Again at the second beat, when all NATS servers know that this relay hears claims.
-            for client in self.claims if beat == 1 or beat % CLAIM_BEATS == 0 else ():
-                self.unclaimed.put_nowait(client)
-            ping = self._start(nats.rtt(timeout=NEVER))  # nats-py 2.16 fails on a late answer
-            for _ in range(4):  # in steps: if this process stalls, it still reads the answer
-                await asyncio.wait({ping}, timeout=NATS_REQUEST_TIMEOUT / 4)
-            if not ping.done():
-                raise TimeoutError(f'no answer within {NATS_REQUEST_TIMEOUT} s')
-            self.round_trip = ping.result()
-            if claiming.done():
-                claiming.result()
-            await asyncio.sleep(NATS_HEARTBEAT)
+    async def _connect_and_claim(self) -> None:
+        self.nats, self.subscriptions = self.library.NATS(), {}  # new for each connection
+        try:
+            await self.nats.connect(error_cb=self._on_error, **self.options)
+            await self.nats.subscribe('relay.claims', cb=self._on_claims)
+            if not self.connected:  # or never was: nats-py 2.16 may take other news for its pong
+                raise ConnectionError('interrupted while connecting')
+            self.logged.clear()
+            logger.info('NATS is connected: %s', self.nats.connected_url.netloc.rpartition('@')[2])
+            for beat in itertools.count():
+                # Again at the second beat: by then, all NATS servers know that this relay listens.
+                if beat == 1 or beat % CLAIM_BEATS == 0:
+                    self._start(self._update(self.claims))
+                self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)
+                await asyncio.sleep(NATS_HEARTBEAT)
+        finally:
+            # nats-py 2.16: its flusher may fail; close() may last long, and leave tasks running.
+            flusher = filter(None, [getattr(self.nats, '_flusher_task', None)])
+            closing: Any = asyncio.gather(self.nats.close(), *flusher, return_exceptions=True)
+            await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
+            for subscription in list(getattr(self.nats, '_subs', {}).values()):
+                subscription._stop_processing()
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.wait({closing, *self.tasks}, timeout=NATS_REQUEST_TIMEOUT)
 
-    def _start(self, work: Any, *sets: set[asyncio.Future[Any]]) -> asyncio.Future[Any]:
-        task: asyncio.Future[Any] = asyncio.ensure_future(work)
-        for tasks in (self.tasks, *sets):
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        task.add_done_callback(self._on_done)
-        return task
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(self._log_errors(work))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
-    def _on_done(self, task: asyncio.Future[Any]) -> None:
-        # Faults are left to those who wait for the task, and to the heartbeat.
-        if not task.cancelled() and not isinstance(task.exception(), (*self.faults, type(None))):
-            logger.error('Internal error while using NATS', exc_info=task.exception())
+    async def _log_errors(self, work: Awaitable[Any]) -> Any:
+        try:
+            return await work
+        except Exception as error:
+            await self._on_error(error)
 
-    async def _on_error(self, error: BaseException) -> None:
+    async def _on_error(self, error: Exception) -> None:
         """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
-        # nats-py puts its name in front of its texts, and quotes subjects in some.
-        text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '")
-        text = text or type(error).__name__
-        if not isinstance(error, self.faults):
+        # nats-py 2.16 puts its name before texts, quotes subjects, and asserts to be connected.
+        text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '") or repr(error)
+        faults = self.library.errors.Error, OSError, asyncio.TimeoutError, AssertionError
+        if not isinstance(error, faults):
             logger.error('Internal error while using NATS', exc_info=error)
         elif text not in self.logged:
             self.logged.add(text)
@@ -2177,177 +2149,131 @@ class Backplane:
             logger.warning('NATS: %s%s', text, lost)
 
     async def close(self, upgrading: bool = False) -> None:
-        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS; `claims` stay.
-
-        If `upgrading`, other relays keep messages to unknown peers for these clients' return.
-        """
-        if self.connected and upgrading:
+        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS."""
+        if upgrading and self.connected:
             notice = json.dumps({'version': 1, 'claims': [], 'upgrading': True})
-            self._start(self.nats.publish('relay.claims', notice.encode()), self.unfinished)
+            self._start(self.nats.publish('relay.claims', notice.encode()))
         for subscription in self.subscriptions.values():
-            self._start(subscription.drain(), self.unfinished)
-        if self.connected and self.unfinished:
-            await asyncio.wait(self.unfinished, timeout=DRAIN_TIMEOUT)
-        while (
-            self.running and not self.running.done()
-        ):  # nats-py may take a cancellation for one of its own
+            self._start(subscription.drain())
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=DRAIN_TIMEOUT)
+        while not self.running.done():  # nats-py may take a cancellation for one of its own
             self.running.cancel()
             await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
-        if self.unfinished:  # cancelled: these messages come back
-            await asyncio.wait(self.unfinished, timeout=NATS_REQUEST_TIMEOUT)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
         self.claims[client] = claim or Claim(time.time_ns(), uuid4().hex, time.monotonic())
         self.clients[_subject(client.user, client.uuid)] = client
-        if self.connected:
-            self.unclaimed.put_nowait(client)
+        self._start(self._update([client]))
 
     def withdraw(self, client: Client) -> None:
         """Unsubscribe from a client's messages."""
         del self.claims[client], self.clients[_subject(client.user, client.uuid)]
-        if client in self.subscriptions:
-            self._start(self.subscriptions.pop(client).drain(), self.unfinished)
+        self._start(self._update([client]))
 
-    async def _claim_clients(self, nats: Any) -> None:
-        """Subscribe and claim clients, in batches, whenever there are any to claim."""
-        subscriptions, unclaimed = self.subscriptions, self.unclaimed
-        while not nats.is_closed:
-            batch, claims = [await unclaimed.get()], []
-            while not unclaimed.empty() and len(batch) < nats.max_payload // CLAIM_SIZE:
-                batch.append(unclaimed.get_nowait())
-            for client in batch:
+    async def _update(self, clients: Iterable[Client]) -> None:
+        """Subscribe and claim clients in batches, and unsubscribe those that have left."""
+        if not self.connected:
+            return
+        nats, subscriptions, batch = self.nats, self.subscriptions, []
+        self.changed.update(clients)
+        async with self.updating:
+            while self.changed:
+                client = self.changed.pop()
                 subject = _subject(client.user, client.uuid)
+                if client not in self.claims and client in subscriptions:
+                    self._start(subscriptions.pop(client).drain())
                 if client in self.claims and client not in subscriptions:
-                    on_request = partial(self._on_request, nats, client)
-                    subscriptions[client] = await nats.subscribe(subject, 'relays', on_request)
+                    handler = partial(self._on_request, client.user, client.uuid)
+                    subscriptions[client] = await nats.subscribe(subject, 'relays', handler)
                 if client in self.claims:
-                    stamp, name, since = self.claims[client]
-                    age = time.monotonic() - since
-                    claims.append((subject, stamp, name, age, client.address))
-                elif client in subscriptions:  # it left in the meantime
-                    self._start(subscriptions.pop(client).drain(), self.unfinished)
-            text = json.dumps({'version': 1, 'claims': claims})
-            await nats.publish('relay.claims', text.encode())
+                    own = self.claims[client]
+                    batch.append((subject, *own[:2], time.monotonic() - own.since, client.address))
+                if batch and (not self.changed or len(batch) * CLAIM_SIZE > nats.max_payload):
+                    text = json.dumps({'version': 1, 'claims': batch})
+                    await nats.publish('relay.claims', text.encode())
+                    batch.clear()
 
     async def _on_claims(self, message: Any) -> None:
+        # A younger client with a higher stamp displaces one here. If the clock of its relay is
+        # slow, its stamp is lower: this relay answers, and the other one outbids the answer. A
+        # claim does not age on its way, so if clocks differ, one that comes late may win.
         batch, now = json.loads(message.data), time.monotonic()
         if batch['version'] != 1:
             raise ConnectionError('another relay makes claims of a version not known here')
         if batch.get('upgrading'):
             self.upgrade_ends = now + UPGRADE_TIMEOUT
-        for subject, stamp, name, age, address, *_ in batch['claims']:
+        for subject, stamp, claim_id, age, address, *_ in batch['claims']:
             if subject in self.clients:
-                self._compare(self.clients[subject], Claim(stamp, name, now - age), address)
-
-    def _compare(self, client: Client, claim: Claim, address: str) -> None:
-        # A registers at relay 1, and 5 s later at relay 2. Relay 1 hears a higher stamp of a
-        # younger client, and displaces its own. If the clock of relay 2 is slow by more than that,
-        # relay 1 hears a lower stamp and answers with its claim. Relay 2 hears a higher stamp, but
-        # of an older client: it outbids the stamp, and relay 1 displaces its client after all. A
-        # claim does not age on its way, so where clocks differ, a late one may win.
-        own = self.claims[client]
-        if claim.id == own.id:  # made by this relay before an upgrade
-            return
-        if claim[:2] > own[:2] and claim.since >= own.since:
-            self.relay.displace(client, f'{address} (on another relay)')
-        else:
-            self.claims[client] = own._replace(stamp=max(own.stamp, claim.stamp + 1))
-            self.unclaimed.put_nowait(client)
+                client = self.clients[subject]
+                own = self.claims[client]
+                if (stamp, claim_id) > own[:2] and now - age >= own.since:
+                    self.relay.displace(client, f'{address} (on another relay)')
+                elif claim_id != own.id:  # it would be the same from before an upgrade
+                    self.claims[client] = own._replace(stamp=max(own.stamp, stamp + 1))
+                    self._start(self._update([client]))
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
-        """Forward a message or return why not; what another relay refuses is sent back later."""
-        key, size = (client, message.peer_uuid), len(data) + MESSAGE_COST
-        if key not in self.queues:
-            kind = self.relay.deliver(client.user, message.peer_uuid, data)
-            if kind != 'unknown_peer':
-                return kind
-        if not self.connected or self.total_in_flight + size > MAX_IN_FLIGHT:
+        """Forward a message or return why not. What another relay refuses is sent back later."""
+        key, size = (client.user, message.peer_uuid), len(data) + MESSAGE_COST
+        queue = self.queues.get(key, deque())
+        if not self.connected or self.in_flight + size > MAX_IN_FLIGHT:
             return 'disconnected'
-        if len(data) > self.max_payload:
+        if len(data) > self.nats.max_payload:
             return 'too_long'
-        if self.in_flight[client] and self.in_flight[client] + size > MAX_BACKLOG:
+        if queue and sum(len(text) + MESSAGE_COST for _, text in queue) + size > MAX_BACKLOG:
             return 'backlog'
-        self._count(client, size)
         if key not in self.queues:
-            self.queues[key] = deque()
-            self._start(self._send_queue(*key), self.unfinished)
-        self.queues[key].append(data)
+            self.queues[key] = queue
+            self._start(self._send_queue(key, queue))
+        queue.append((client, data))
+        self.in_flight += size
         return None
 
-    def _count(self, client: Client, size: int) -> None:
-        self.total_in_flight += size
-        self.in_flight[client] += size
-        if not self.in_flight[client]:
-            del self.in_flight[client]
-
-    async def _send_queue(self, client: Client, uuid: UUID) -> None:
-        queue = self.queues[client, uuid]
+    async def _send_queue(self, key: tuple[str, UUID], queue: deque[tuple[Client, bytes]]) -> None:
         while queue:
-            batch, room = [queue.popleft()], self.max_payload
-            while queue and len(queue[0]) < (room := room - len(batch[-1]) - 1):
-                batch.append(queue.popleft())
-            verdicts: list[str | None] = ['disconnected'] * len(batch)
+            verdicts: list[str] | None = None
             with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
-                try:
-                    verdicts = await self._send_batch(client.user, uuid, batch)
-                except Exception as error:
-                    await self._on_error(error)
-            if 'disconnected' in verdicts:
-                # It may have arrived, or still arrive: nothing is sent that could overtake it.
-                verdicts += ['disconnected'] * len(queue)
-                batch += queue
-                queue.clear()
-            for data, kind in zip(batch, verdicts):
-                self._count(client, -len(data) - MESSAGE_COST)
-                if kind is not None and client.link.is_open:
+                verdicts = await self._log_errors(self._send_batch(_subject(*key), queue))
+            # After a failure, a batch may still arrive: nothing is sent that could overtake it.
+            for kind in verdicts or ['disconnected'] * len(queue):
+                client, data = queue.popleft()
+                self.in_flight -= len(data) + MESSAGE_COST
+                if kind and client.link.is_open:
                     message: Any = decode(data.decode())
                     self.relay.send_back(client, message, kind)
-        del self.queues[client, uuid]
+        del self.queues[key]
 
-    async def _send_batch(self, user: str, uuid: UUID, batch: list[bytes]) -> list[str | None]:
-        """Return the verdict for each message; try again while none can have arrived."""
-        deadline, misses = time.monotonic() + NATS_REQUEST_TIMEOUT, 0
-        while self.connected and (left := deadline - time.monotonic()) > SUBSCRIPTION_PROPAGATION:
-            # It may have registered here in the meantime.
-            verdicts = [self.relay.deliver(user, uuid, data) for data in batch]
-            if verdicts[0] != 'unknown_peer':
-                return verdicts
-            try:
-                reply = await self.nats.request(_subject(user, uuid), b'\0'.join(batch), left)
-                # A relay that has just lost the client to another says 'unknown_peer'.
-                if not reply.data.startswith(b'unknown_peer'):
-                    return self._read_verdicts(reply.data, len(batch))
-                misses = 0
-            except self.library.errors.NoRespondersError:
-                misses += 1
-            except AssertionError:  # nats-py 2.16: its first request, and the connection failed
-                break
-            if misses > 1 and time.monotonic() > self.upgrade_ends:
+    async def _send_batch(self, subject: str, queue: Iterable[tuple[Client, bytes]]) -> list[str]:
+        """Return verdicts on the first messages. Tries again while none can have arrived."""
+        ends = itertools.accumulate(len(data) + 1 for _, data in queue)
+        batch = [data for (_, data), end in zip(queue, ends) if end <= self.nats.max_payload + 1]
+        for attempt in range(int(NATS_REQUEST_TIMEOUT / SUBSCRIPTION_PROPAGATION)):
+            with contextlib.suppress(self.library.errors.NoRespondersError):
+                reply = await self.nats.request(subject, b'\0'.join(batch), NATS_REQUEST_TIMEOUT)
+                verdicts: list[str] = reply.data.decode(errors='replace').split(',')
+                if len(verdicts) != len(batch) or not {'', *FORWARD_ERRORS}.issuperset(verdicts):
+                    raise ConnectionError('another relay gave a verdict not known here')
+                # A relay says 'unknown_peer' if it has just lost the client to another.
+                if verdicts[0] != 'unknown_peer':
+                    self.relay.counts['remote_messages'] += verdicts.count('')
+                    return verdicts
+            if attempt > 0 and time.monotonic() > self.upgrade_ends:
                 self.relay.counts['remote_unknown'] += len(batch)
                 return ['unknown_peer'] * len(batch)
             await asyncio.sleep(SUBSCRIPTION_PROPAGATION)
-        return ['disconnected'] * len(batch)
+        raise self.library.errors.TimeoutError
 
-    def _read_verdicts(self, reply: bytes, count: int) -> list[str | None]:
-        verdicts = [kind or None for kind in reply.decode(errors='replace').split(',')]
-        if len(verdicts) != count or not {None, *FORWARD_ERRORS}.issuperset(verdicts):
-            raise ConnectionError('another relay gave a verdict not known here')
-        self.relay.counts['remote_messages'] += verdicts.count(None)
-        return verdicts
-
-    async def _on_request(self, nats: Any, client: Client, message: Any) -> None:
-        if message.reply and client.uuid:
-            data = message.data.split(b'\0')
-            verdicts = [self.relay.deliver(client.user, client.uuid, text) for text in data]
-            await message.respond(','.join(kind or '' for kind in verdicts).encode())
-        if nats.is_closed:  # nats-py 2.16 may have ignored a cancellation, and would go on
+    async def _on_request(self, user: str, uuid: Any, message: Any) -> None:
+        verdicts = [self.relay.deliver(user, uuid, data) for data in message.data.split(b'\0')]
+        await message.respond(','.join(kind or '' for kind in verdicts).encode())
+        if not self.connected:  # nats-py 2.16 may have ignored a cancellation, and would go on
             raise asyncio.CancelledError
 
 
 def _subject(user: str, uuid: UUID | None) -> str:
-    # In hexadecimal, because some characters have a meaning in subjects.
-    return f'relay.client.{user.encode().hex() or "-"}.{uuid}'
+    return f'relay.client.{user.encode().hex() or "-"}.{uuid}'  # '.' and others separate parts
 
 
 # ------------------------------------------------------------------------------- Server
