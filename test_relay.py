@@ -1883,17 +1883,17 @@ def prefixed(code):
 
 def waiting(when):
     """Return an edit of relay.py: a new version that waits until a test lets it go on."""
-    return prefixed(f"""
-import os, time
-if {when}:
-    open('waiting', 'w').close()
-    while not os.path.exists('go'):
-        time.sleep(0.01)
-""")
+    return prefixed(f'import os, time\nif {when}:{WAIT}')
 
 
+WAIT = """
+            open('waiting', 'w').close()
+            while not os.path.exists('go'):
+                time.sleep(0.01)
+"""
 TRYING = waiting("'RELAY_TRIAL' in os.environ")
 RESTORING = waiting("'RELAY_TRIAL' not in os.environ")
+EXECUTING = '        os.execve(', f'        if True:{WAIT}        os.execve('
 
 
 class Program:
@@ -1942,11 +1942,11 @@ class Program:
         return await self.signal(signal.SIGUSR2, 'Upgraded ')
 
     @contextlib.asynccontextmanager
-    async def gap(self, edit=RESTORING):
+    async def gap(self, *edits):
         """Upgrade the process, and stop it in the middle for as long as the block runs."""
         for name in ('waiting', 'go'):
             (self.folder / name).unlink(missing_ok=True)
-        self.install('9.0.0', edit)
+        self.install('9.0.0', *edits)
         upgrading = asyncio.ensure_future(self.signal(signal.SIGUSR2, 'Upgraded '))
         await until((self.folder / 'waiting').exists)
         yield
@@ -2239,7 +2239,7 @@ async def test_an_upgrade_reads_the_state_line_by_line(tmp_path):
 async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
     async with upgradable(tmp_path) as program, registered(program, A) as peer:
         async with contextlib.AsyncExitStack() as stack:
-            async with program.gap():
+            async with program.gap(RESTORING):
                 newcomer = asyncio.ensure_future(open_websocket(program.url))
                 hasty = await stack.enter_async_context(wired(program, opened=False))
                 hasty.send(HANDSHAKE, said(json.dumps(hasty.peer.registration())))
@@ -2257,7 +2257,7 @@ async def test_messages_sent_during_an_upgrade_are_handled_after_it(tmp_path):
     async with upgradable(tmp_path) as program, pair_of(program) as (one, other):
         async with wired(program) as ended, wired(program) as reset, wired(program) as closing:
             wires = [await wire.register() for wire in (ended, reset, closing)]
-            async with program.gap():
+            async with program.gap(RESTORING):
                 await one.say(offer := one.offer(other.uuid))
                 ended.finish()
                 reset.reset()
@@ -2440,10 +2440,11 @@ async def test_many_signals_in_a_row_do_no_harm(tmp_path):
 
 
 @pytest.mark.parametrize('number', [signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM], ids=str)
+@pytest.mark.parametrize('old, new', [([EXECUTING], []), ([], [RESTORING])], ids=['old', 'new'])
 @run_upgrades
-async def test_a_signal_during_the_upgrade_does_not_kill(tmp_path, number):
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
-        async with program.gap():
+async def test_a_signal_during_the_upgrade_does_not_kill(tmp_path, old, new, number):
+    async with upgradable(tmp_path, edits=old) as program, pair_of(program) as pair:
+        async with program.gap(*new):
             program.process.send_signal(number)
         if number == signal.SIGTERM:
             assert await pair[0].closed_with() == 1001
@@ -3177,6 +3178,15 @@ async def test_a_request_too_long_is_refused_and_ended(size, no_error):
                 assert b'HTTP/1.1 101' not in await wire.reader.read()
 
 
+@run_async
+async def test_a_header_that_never_ends_is_answered_with_431():
+    async with relay_with_peer() as (server, peer), wired(server, opened=False) as wire:
+        wire.send(HANDSHAKE[:-2], *[b'X: ' + b'x' * 2**12 + b'\r\n'] * 17)
+        assert (await wire.reader.read()).startswith(b'HTTP/1.1 431 ')
+        wire.finish()
+        await alone(server, peer)
+
+
 def ends_with(code, pings=(0, 1)):
     """Read to the end; a slow machine may be pinged before."""
 
@@ -3526,6 +3536,40 @@ async def test_other_clients_have_their_turn_while_long_messages_are_decoded():
 
 
 @run_async
+async def test_between_two_long_messages_others_have_as_long_as_the_first_took(monkeypatch):
+    def decode(text):
+        began = time.monotonic()
+        time.sleep(0.02)
+        times.append((began, time.monotonic()))
+        raise MessageDecodeError('slow')
+
+    times = []
+    async with running_relay() as server, contextlib.AsyncExitStack() as stack:
+        wires = [await stack.enter_async_context(wired(server)) for _ in range(4)]
+        for wire in wires:
+            await wire.register()
+        monkeypatch.setattr(relay, 'decode', decode)
+        for wire in wires:
+            wire.send(said(zeros(relay.LONG_MESSAGE + 1)))
+        await until(lambda: len(times) == len(wires))
+    for (began, ended), (next_began, _) in zip(times, times[1:]):
+        assert next_began - ended > 0.9 * (ended - began)
+
+
+@run_async
+async def test_a_client_with_many_messages_has_a_limited_part_of_each_turn():
+    async with running_relay() as server, wired(server) as wire:
+        await wire.register()
+        wire.send(said('x') * 2000)
+        counts = [0]
+        while counts[-1] < 2000:
+            await asyncio.sleep(0)
+            counts.append(server.refusal_counts['malformed'])
+        most = max(later - earlier for earlier, later in zip(counts, counts[1:]))
+        assert most <= relay.SLICE // relay.SLICE_MINIMUM + 1
+
+
+@run_async
 async def test_pings_and_pongs_count_against_the_rate(monkeypatch):
     monkeypatch.setattr(relay, 'BURST', 0)
     async with running_relay(rate=1000) as server, wired(server) as wire:
@@ -3657,6 +3701,19 @@ async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data,
         wire.finish()
         await alone(server, peer)
         assert server.refusal_counts['incomplete'] == 1
+
+
+@run_async
+async def test_pings_between_fragments_do_not_prolong_the_time_for_a_message(monkeypatch):
+    monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.2)
+    monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
+    async with relay_with_wire() as (server, peer, wire):
+        wire.send(frame_of(TEXT, b'{', 0), frame_of(PING))
+        while (frame := await wire.frame())[0] == PONG:
+            wire.send(frame_of(PING))
+        assert frame == (CLOSE, code_of(1008, relay.INCOMPLETE.encode()))
+        wire.finish()
+        await alone(server, peer)
 
 
 @pytest.mark.parametrize('reason', [relay.RATE_LIMIT, relay.TURN])
@@ -5328,7 +5385,7 @@ async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uu
         await program.logs('NATS is connected')
         async with joined_relay(bus) as server, registered(server, B) as peer:
             async with registered(program, A) as old:
-                async with program.gap():
+                async with program.gap(RESTORING):
                     new = await open_websocket(server.url)
                     new = Peer(new, A)
                     assert await new.ask(new.registration()) == new.response()
