@@ -2380,6 +2380,18 @@ async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
 
 
 @run_upgrades
+async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(tmp_path):
+    failing = '        os.execve(', "        raise OSError('in vain')\n        os.execve("
+    async with upgradable(tmp_path, edits=[failing]) as program, pair_of(program) as pair:
+        for _ in range(2):
+            line = await program.signal(signal.SIGUSR2, ' ERROR ')
+            assert line == 'Upgrade failed, keeping the running version: in vain'
+            await exchange(*pair)
+            async with registered(program, A) as peer:
+                await exchange(peer, peer)
+
+
+@run_upgrades
 async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
     head = 'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n'
     broken = head, f"{head}    if saved['name'] == 'broken':\n        del saved['address']\n"
