@@ -1158,10 +1158,10 @@ class Connection:
                 self._process(size)
                 self.has_turn = False
                 budget -= max(size, SLICE_MINIMUM)
-        if self.input or self.counted_bytes or self.opcode is not None:
-            self._count_bytes()
-            if self.is_open and not self.paused_for:
-                self.server.incomplete.setdefault(self, time.monotonic())
+        self._count_bytes()
+        incomplete = bool(self.input) or self.opcode is not None
+        if incomplete and self.is_open and not self.paused_for:
+            self.server.incomplete.setdefault(self, time.monotonic())
         if self.paused_for or self.server.not_reading:
             self._control_reading()
         if self.eof and not self.paused_for:

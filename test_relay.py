@@ -3714,6 +3714,22 @@ async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data,
 
 
 @run_async
+async def test_a_client_whose_message_came_in_two_parts_may_be_idle_afterwards(monkeypatch):
+    monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.1)
+    monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
+    async with relay_with_wire() as (server, _, wire), wired(server) as late:
+        link = wire.link
+        wire.send(said('x')[:4])
+        await until(lambda: link in server.listener.incomplete)
+        wire.send(said('x')[4:])
+        assert (await wire.hear())['error']
+        late.send(said('x')[:4])  # until this is closed, the time has passed for both
+        assert await late.end() == ([], CloseCode.POLICY_VIOLATION)
+        wire.send(said('x'))
+        assert (await wire.hear())['error']
+
+
+@run_async
 async def test_pings_between_fragments_do_not_prolong_the_time_for_a_message(monkeypatch):
     monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.2)
     monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
