@@ -44,7 +44,7 @@ it, and `Connection` moves bytes between a socket and the relay. Around them: `L
 connections, `Backplane` links several relays over NATS, and `serve` starts and stops it all.
 """
 
-from __future__ import annotations  # older versions of Python show this line: 3.9 is needed
+from __future__ import annotations  # Python 3.6 stops here and prints this line: 3.9 is needed
 
 import argparse
 import asyncio
@@ -90,7 +90,7 @@ except ImportError as error:
 
 __version__ = '0.2.0'
 logger = logging.getLogger('relay')
-# Members of an enumeration take longer to look up on some versions of Python.
+# Names of their own: some versions of Python are slow to look up a member of an enumeration.
 OPEN, CONNECTING = State.OPEN, State.CONNECTING
 TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
 OPCODES = frozenset(int(opcode) for opcode in Opcode)
@@ -113,15 +113,14 @@ RATE_UNIT = 2**14  # a message counts once against the rate for each started uni
 RECEIVE_BUFFER = 2**16  # most bytes read at once, and buffered by the kernel
 SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
 TLS_RECORD = 2**14  # the most that TLS encrypts at once
-STRICT_DECODE = 2**12  # characters; in shorter texts, the decoder checks each number
 
 # Seconds.
 REGISTER_TIMEOUT = 30  # for a client to register
 MESSAGE_TIMEOUT = 30  # from the first byte of a message to its last
-BURST = 0.1  # burst allowance: as many messages as at the full rate in this time
-TAKEOVER_TIMEOUT = 0.5  # for a displaced connection to close; it may be dead and another waits
+BURST = 0.1  # burst allowance, in seconds at the full rate
+TAKEOVER_TIMEOUT = 0.5  # for a displaced client to close, which may be dead; the next one waits
 STOP_TIMEOUT = 12  # for the relay to stop, even if clients do not close
-STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; it is answered with 503
+STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; then it gets a 503
 STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
 SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
 ACCEPT_RETRY = 1  # until accepting is tried again after running out of file descriptors
@@ -131,11 +130,12 @@ REFUSAL_INTERVAL = 60  # between log lines about one source of refusals; all are
 FIGHT_INTERVAL = 60  # between warnings about two clients that displace each other
 
 # Numbers.
-RATE = 500  # messages a second of one client; peers that connect exchange a dozen
+RATE = 500  # messages and pings a second of one client; peers that connect exchange a dozen
 FIGHT = 3  # takeovers of one UUID within FIGHT_INTERVAL before a warning
 RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
 MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
 HANDSHAKE_FDS = 32  # file descriptors for handshakes and for clients that are refused
+STRICT_DECODE = 2**12  # characters; in a longer text, numbers are checked by a faster search
 MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able to read it
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
@@ -147,20 +147,20 @@ ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
 SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
 NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
-CLAIM_BEATS = 120  # heartbeats between claims: a split of NATS servers ends without a sign
-CLAIM_SIZE = 2**12  # bytes of NATS' max_payload for each claim in a batch; most take 160
+CLAIM_BEATS = 120  # heartbeats between claims: no relay is told that a split of NATS has ended
+CLAIM_SIZE = 2**12  # bytes reserved for each claim in a batch; a typical one has 160
 UPGRADE_TIMEOUT = 5  # s for a relay that is being upgraded to claim its clients again
-DRAIN_TIMEOUT = 1  # s for messages in flight over NATS when the relay stops
+DRAIN_TIMEOUT = 1  # s to finish what is in flight before a stop or an upgrade
 MESSAGE_COST = 2**12  # bytes of memory for a message in flight over NATS, besides its text
 MAX_IN_FLIGHT = 2**26  # bytes of all messages in flight over NATS
 NATS_OPTIONS: dict[str, Any] = {
     'name': 'relay.py',
     'allow_reconnect': False,
-    'max_reconnect_attempts': -1,  # until it is connected
+    'max_reconnect_attempts': -1,  # for the first connection: try forever
     'reconnect_time_wait': NATS_HEARTBEAT,
     'no_echo': True,
-    # Each command is written before the next one. Otherwise nats-py 2.16 pings before it has
-    # written that a subscription ends, and loses the messages that arrive after the pong.
+    # Write each command at once. Otherwise nats-py 2.16 sends a PING before an UNSUB that is still
+    # queued, and loses messages that arrive after the PONG.
     'pending_size': 1,
     'flush_timeout': NATS_REQUEST_TIMEOUT,
 }
@@ -191,8 +191,8 @@ class MessageEncodeError(Exception):
 class MessageDecodeError(Exception):
     """Raised when a text is not a valid message.
 
-    The text of the error is the reason; `response_type` is the message type of the response
-    that the sender of the text understands.
+    The text of the error is the reason. `response_type` is that of the sender's generation, or
+    `server_response` if the text does not tell.
     """
 
     def __init__(self, reason: str, response_type: str = 'server_response') -> None:
@@ -243,7 +243,7 @@ class Field(NamedTuple):
     name: str
     types: tuple[type, ...]
     expected: str
-    default: object  # MISSING, which is of no JSON type, if the key is required
+    default: object  # dataclasses.MISSING if the key is required: it matches none of the types
     is_uuid: bool
 
 
@@ -320,7 +320,7 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     decoder = _strict_decoder
     if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text):
         decoder = _decoder
-    # Faster than `decode`, whose search for white space takes as long as a third of the rest.
+    # `decode` would take a quarter longer, because it searches for white space.
     text = text.strip(' \t\n\r')
     data, end = decoder.raw_decode(text)
     if end < len(text):
@@ -330,8 +330,8 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     return data
 
 
-# Messages name the same few UUIDs; parsing them each time would be an eighth of a forward. Only
-# the usual form is cached: other forms may be long.
+# Messages repeat the same few UUIDs; parsing them each time would take an eighth of the time of a
+# forward. Only the usual form is cached: other forms may be long.
 _cached_uuid = lru_cache(4096)(UUID)
 
 
@@ -353,18 +353,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(text: str) -> float:
-    if len(text) > MAX_DIGITS or text[-1].isalpha():
-        raise ValueError(f'{shown(text)} is NaN, Infinity or a number that is too long')
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f'{shown(text)} is a number that is too long')
     return float(text)
 
 
-# Calling `_number` for each number of a long text of zeros takes four times as long as the rest,
-# which is why a long text is searched for a long number first.
-_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_number)
+def _constant(text: str) -> float:
+    raise ValueError(f'{text} is not JSON')
+
+
+# Calling `_number` for each number can make decoding five times slower, so a long text is searched
+# for a long number instead.
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _strict_decoder = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_number, parse_float=_number, parse_int=_number
+    object_pairs_hook=_object, parse_constant=_constant, parse_float=_number, parse_int=_number
 )
-_LONG_NUMBER = re.compile(f'(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}')
+_LONG_NUMBER = re.compile(f'(?<![0-9.eE+-])[0-9.eE+-]{{{MAX_DIGITS + 1}}}')
 
 
 def shown(text: str) -> str:
@@ -374,7 +378,7 @@ def shown(text: str) -> str:
 
 # ------------------------------------------------------------------------------- Access
 #
-# Tokens: reading the file, and finding the user of a handshake.
+# Tokens and addresses: reading the token file, and telling who sent a handshake and from where.
 
 
 class StartError(Exception):
@@ -402,7 +406,7 @@ def read_tokens(path: str) -> dict[bytes, str]:
         with open(path, encoding='utf-8-sig') as file:
             if os.fstat(file.fileno()).st_mode & 0o007:
                 logger.warning('%s can be read or changed by every user of this machine', path)
-            # A # inside a token does not begin a comment.
+            # A # begins a comment in front of a line or after a space, but not inside a token.
             lines = [f' {line}'.partition(' #')[0].strip() for line in file]
     except (OSError, ValueError) as error:
         raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
@@ -421,15 +425,18 @@ def find_credentials(
     request: Request | None, tokens: dict[bytes, str] | None
 ) -> Credentials | None:
     """Return whose token a handshake shows, or None if it shows no valid token."""
-    if request is None or tokens is None:
+    if tokens is None:
         return NO_CREDENTIALS
+    if request is None:
+        return None
     try:
         user = ''
+        # Two headers are joined, and match no token.
         scheme, _, value = ' '.join(request.headers.get_all('Authorization')).partition(' ')
         if scheme.lower() == 'basic':
             user, _, token = base64.b64decode(value, validate=True).decode().partition(':')
         elif scheme.lower() == 'bearer':
-            token = value
+            token = value.strip()
         else:
             token = parse_qs(urlsplit(request.path).query)['token'][0]
     except (KeyError, ValueError):
@@ -441,19 +448,19 @@ def find_credentials(
 
 
 def _hash(token: str) -> bytes:
-    # Looking up hashes rather than tokens gives nothing away by the time it takes.
+    # How long it takes to look up a hash does not reveal anything about the tokens.
     return hashlib.sha256(token.encode(errors='surrogatepass')).digest()
 
 
 def address_of(address: Any) -> str:
-    """Return the address of a socket in one word."""
+    """Return the address of a socket as host:port."""
     if not isinstance(address, tuple):
         return 'unknown address'
     return f'[{address[0]}]:{address[1]}' if ':' in address[0] else f'{address[0]}:{address[1]}'
 
 
 def client_address(address: Any, request: Request | None) -> str:
-    """Return the address of a client, which a proxy on this machine may give in a header.
+    """Return the address of a client. If a proxy on this machine connected, it is in a header.
 
     The last entry of X-Forwarded-For is the one that the proxy itself added.
     """
@@ -480,11 +487,16 @@ FORWARD_ERRORS = {
     'too_long': 'it is too long to be sent to another relay',
     'disconnected': 'the relays are disconnected',
 }
-COUNTERS = ['registrations', 'displaced_registrations', 'pings_unanswered', 'forwarded_messages']
-COUNTERS += ['forwarded_bytes', 'remote_messages', 'remote_unknown']
+COUNTERS = (
+    *('registrations', 'displaced_registrations', 'pings_unanswered'),
+    *('forwarded_messages', 'forwarded_bytes', 'remote_messages', 'remote_unknown'),
+)
 # Refusals by reason; `rate_paced` counts messages that had to wait.
-REFUSALS = [*FORWARD_ERRORS, 'malformed', 'too_large', 'rate_paced', 'never_registered']
-REFUSALS += ['incomplete', 'unauthorized', 'full', 'out_of_memory']
+REFUSALS = (
+    *FORWARD_ERRORS,
+    *('malformed', 'too_large', 'rate_paced', 'never_registered'),
+    *('incomplete', 'unauthorized', 'full', 'out_of_memory'),
+)
 # ProxyStore's relay uses these words, and its endpoints show them to their users.
 DISPLACED = (
     'Relay received a registration with the same ID. '
@@ -495,7 +507,7 @@ DISPLACED = (
 class EmbeddedLink:
     """Sends to a client that is served by `websockets.asyncio.server.serve`.
 
-    It does for websockets' own server what Connection, below, does for Listener.
+    It is the counterpart of Connection, which is below, for websockets' own server.
     """
 
     def __init__(self, websocket: Any) -> None:
@@ -524,7 +536,7 @@ class EmbeddedLink:
             self.closing = asyncio.ensure_future(self.websocket.close(code, reason))
 
 
-@dataclass(eq=False, repr=False)  # without a repr, asyncio cannot log a client's own text
+@dataclass(eq=False, repr=False)  # a repr would show the client's own text in errors of asyncio
 class Client:
     """A connected program: how to reach it and, once it has registered, its name and UUID."""
 
@@ -539,7 +551,7 @@ class Client:
     next_allowed: float = 0.0  # monotonic time from which its next message is within the rate
     registration_order: int = 0  # of several clients that register a UUID, the highest holds it
     registration_timer: asyncio.TimerHandle | None = None
-    takeover: asyncio.Future[None] | None = None  # the next holder of its UUID waits for it
+    takeover: asyncio.Future[None] | None = None  # set when displaced, done when it has closed
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -601,7 +613,8 @@ class RelayServer:
     async def handler(self, websocket: Any) -> None:
         """Serve a connection of `websockets.asyncio.server.serve` until it closes."""
         limit_socket(websocket.transport.get_extra_info('socket'))
-        client, error = Client('', None, websocket, EmbeddedLink(websocket)), None
+        client = Client('', None, websocket, EmbeddedLink(websocket))
+        error: ConnectionClosed | None = None
         self.on_open(client, websocket.request)
         try:
             while True:
@@ -610,7 +623,7 @@ class RelayServer:
                     takeover = self.receive(client, text)
                     if takeover is not None:
                         await asyncio.wait({takeover})
-                    # Even if it is for no time: others have their turn then.
+                    # Even a sleep of 0 s lets other clients have their turn.
                     await asyncio.sleep(self.pace(client, len(text)))
         except ConnectionClosed as closed:
             error = closed
@@ -635,7 +648,10 @@ class RelayServer:
         self.start_registration_timer(client, REGISTER_TIMEOUT)
 
     def readmit(self, client: Client, seconds: float | None, claim: Claim | None) -> None:
-        """Register a client again that was connected before an upgrade."""
+        """Admit a client that was connected before an upgrade, with the claim it had.
+
+        `seconds` are left for it to register; None if it has.
+        """
         self._websocket_to_client[client.websocket] = client
         if seconds is not None:
             self.start_registration_timer(client, seconds)
@@ -736,7 +752,7 @@ class RelayServer:
     ) -> asyncio.Future[None]:
         """Displace the holder of a UUID, and register the client once the holder has closed.
 
-        Waits at most TAKEOVER_TIMEOUT: the holder may be dead. The future is done after that.
+        Waits at most TAKEOVER_TIMEOUT: the holder may be dead. Returns a future that is done then.
         """
         loop = asyncio.get_running_loop()
         holder.takeover = loop.create_future()
@@ -751,17 +767,17 @@ class RelayServer:
         While client B waited for A to close, C may have registered the same UUID. The one that
         registered last keeps it, so B may have to displace C, or be displaced by it.
         """
-        key = (client.user, request.uuid)
-        holder = self._uuid_to_client.get(key)
         if not client.link.is_open:
             return
-        # A name can be as long as a message: keep only what the log shows.
+        key = (client.user, request.uuid)
+        holder = self._uuid_to_client.get(key)
+        # A name can be as long as a message. One more character than the log shows is kept.
         client.name, client.uuid = request.name[: MAX_SHOWN + 1], request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
-        if holder is not None and holder.registration_order > client.registration_order:
-            self.displace(client, holder.address)
-            return
         if holder is not None:
+            if holder.registration_order > client.registration_order:
+                self.displace(client, holder.address)
+                return
             self.displace(holder, client.address)
         if client.registration_timer is not None:
             client.registration_timer.cancel()
@@ -770,7 +786,7 @@ class RelayServer:
         self.counts['registrations'] += 1
         if self.backplane is not None:
             self.backplane.announce(client)
-        # The client is in the registry now, but nothing can be forwarded to it before this.
+        # Without an await since it entered the registry, this is the first thing that it receives.
         self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
@@ -784,9 +800,9 @@ class RelayServer:
             self._takeovers_since = now
         self._takeovers[key] += 1
         if self._takeovers[key] == FIGHT:
+            text = 'UUID %s is registered again and again by %s and %s; %s'
             hint = 'two endpoints probably share one configuration: give one of them a new UUID'
-            text = f'UUID %s is registered again and again by %s and %s; {hint}'
-            logger.warning(text, client.uuid, client.address, by)
+            logger.warning(text, client.uuid, client.address, by, hint)
         code = 4004 if client.response_type == 'relay_response' else 1001
         self._close(client, code, DISPLACED)
 
@@ -822,13 +838,11 @@ class RelayServer:
 
     def _connect(self, client: Client, message: PeerConnection, text: str | bytes) -> None:
         data = text.encode() if isinstance(text, str) else text
-        kind: str | None
+        kind: str | None = 'forged_source'
         if client.uuid is None:
             self._refuse(client, 'client has not registered yet')
             return
-        if message.source_uuid != client.uuid:
-            kind = 'forged_source'
-        else:
+        if message.source_uuid == client.uuid:
             kind = self.deliver(client.user, message.peer_uuid, data)
             if kind == 'unknown_peer' and self.backplane is not None:
                 kind = self.backplane.forward(client, message, data)
@@ -839,8 +853,8 @@ class RelayServer:
         """Return a message to its sender with an error, one of FORWARD_ERRORS."""
         reason = FORWARD_ERRORS[kind]
         self.log_refusal(kind, client, client, f'message to {message.peer_uuid}: {reason}')
-        error = f'Cannot forward peer connection message to peer {message.peer_uuid} '
-        answer = replace(message, error=f'{error}because {reason}.')
+        what = f'peer connection message to peer {message.peer_uuid}'
+        answer = replace(message, error=f'Cannot forward {what} because {reason}.')
         text = encode(answer)
         if len(text) > MAX_MESSAGE:  # the error and escaped characters made it longer
             text = encode(replace(answer, source_name='', description_type='', description=''))
@@ -875,14 +889,14 @@ class RelayServer:
 
     # Operations.
 
-    def log_refusal(self, kind: str, source: object, who: object, reason: str) -> None:
+    def log_refusal(self, kind: str, source: object, refused: object, reason: str) -> None:
         """Count a refusal, and log it unless its source was logged within REFUSAL_INTERVAL."""
         self.refusal_counts[kind] += 1
         logged, count = self.refusal_log.get(source, (float('-inf'), 0))
         now = time.monotonic()
         if now - logged >= REFUSAL_INTERVAL:
             logged = now
-            logger.warning('Refused %s: %s (%d refusals so far)', who, reason, count + 1)
+            logger.warning('Refused %s: %s (%d refusals so far)', refused, reason, count + 1)
         self.refusal_log[source] = (logged, count + 1)
 
     def _log_client_refusal(self, kind: str, client: Client, reason: str) -> None:
@@ -896,10 +910,11 @@ class RelayServer:
         try:
             tokens = None if self._token_file is None else read_tokens(self._token_file)
             if tls is not None:
-                # A key that does not match would break the context in use: try another first.
+                # A key that does not match would break the context in use: try a new one first.
                 tls_context(certfile, keyfile)
-                self.certificate_expiry = expiry_of(certfile)
+                expiry = expiry_of(certfile)
                 tls.load_cert_chain(certfile, keyfile, password='')
+                self.certificate_expiry = expiry
         except (StartError, OSError, ValueError, IndexError) as error:
             logger.error('Reload failed, keeping the old configuration: %s', error)
             return
@@ -920,7 +935,7 @@ class RelayServer:
 def limit_socket(sock: Any) -> None:
     """Bound what the kernel buffers for a connection, and drop it when its peer is unreachable.
 
-    Set on a listening socket, it holds for each accepted connection.
+    Accepted connections inherit it from a listening socket.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
