@@ -33,7 +33,8 @@ If a UUID is registered again on a new connection, the old connection is closed:
 used `server_registration`, with 4004 ("do not come back") if it used `relay_registration`. Other
 close codes: 1001 the relay stops; 1002 invalid frame; 1007 text not UTF-8; 1008 not registered
 or message not complete within 30 s, or token revoked; 1009 message longer than 1 MiB (64 KiB
-before registering); 1011 ping not answered; 1012 upgrade; 1013 too many clients or out of memory.
+before registering); 1011 ping not answered, or a bug; 1012 upgrade; 1013 too many clients or out
+of memory.
 
 If the relay requires tokens, a client sends one in its handshake: `Authorization: Bearer TOKEN`,
 ws://USER:TOKEN@HOST or ws://HOST/?token=TOKEN. A client without a valid token gets HTTP 401. A
@@ -497,6 +498,10 @@ REFUSALS = (
     *('malformed', 'too_large', 'rate_paced', 'never_registered'),
     *('incomplete', 'unauthorized', 'full', 'out_of_memory'),
 )
+# Why the relay closes a connection.
+PING_TIMEOUT = 'keepalive ping timeout'
+NOT_REGISTERED = f'not registered within {REGISTER_TIMEOUT} s'
+INCOMPLETE = f'message not complete within {MESSAGE_TIMEOUT} s'
 # ProxyStore's relay uses these words, and its endpoints show them to their users.
 DISPLACED = (
     'Relay received a registration with the same ID. '
@@ -662,9 +667,9 @@ class RelayServer:
 
     def start_registration_timer(self, client: Client, seconds: float) -> None:
         """Close a client with 1008 unless it registers in time."""
-        reason = f'not registered within {REGISTER_TIMEOUT} s'
-        loop = asyncio.get_running_loop()
-        client.registration_timer = loop.call_later(seconds, self._close, client, 1008, reason)
+        client.registration_timer = asyncio.get_running_loop().call_later(
+            seconds, self._close, client, 1008, NOT_REGISTERED
+        )
 
     def on_close(self, client: Client, error: ConnectionClosed | None) -> None:
         """Clean up after a closed connection. The error tells how it was closed."""
@@ -686,9 +691,8 @@ class RelayServer:
         code, reason = error.sent.code, error.sent.reason
         kind = {1002: 'malformed', 1007: 'malformed', 1009: 'too_large'}.get(code)
         if code == 1008:
-            kind = 'never_registered' if reason.startswith('not registered') else 'unauthorized'
-        if reason.startswith(INCOMPLETE):
-            kind = 'incomplete'
+            kinds = {NOT_REGISTERED: 'never_registered', INCOMPLETE: 'incomplete'}
+            kind = kinds.get(reason, 'unauthorized')
         if kind is not None:
             self._log_client_refusal(kind, client, f'{reason} ({code})')
         if reason == PING_TIMEOUT:
@@ -962,7 +966,7 @@ def limit_socket(sock: Any) -> None:
 #
 #     CONNECTING   TLS and HTTP handshake. Dropped after open_timeout, or soon after a refusal.
 #     OPEN         Frames are read, unless reading is paused.
-#     CLOSING      A close frame was sent. Until the client's own one, frames are still read, but
+#     CLOSING      A close frame was sent. Until the client answers it, frames are still read, but
 #                  messages are ignored. When nothing more will be sent, the connection is
 #                  `finished`: input is discarded. After close_timeout, it is dropped.
 #     CLOSED       The socket is closed and the client unregistered.
@@ -976,10 +980,7 @@ UNREAD = 'unread output'  # until the client has read most of its output (_on_wr
 TURN = 'turn'  # until its long message may be decoded (Listener.request_turn)
 SLICE_USED = 'slice used'  # until the next turn of the event loop
 UPGRADING = 'upgrading'  # until the new version has taken over, or has failed to
-NOT_PAUSED: frozenset[str] = frozenset()
-
-PING_TIMEOUT = 'keepalive ping timeout'
-INCOMPLETE = f'message not complete within {MESSAGE_TIMEOUT} s'
+NOT_PAUSED: frozenset[str] = frozenset()  # shared by all connections, to save memory
 
 
 class TlsSession:
@@ -993,7 +994,8 @@ class TlsSession:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.established = False
-        # Of the handshake, then of what OpenSSL sent by itself. At most TLS_RECORD.
+        # Bytes of the handshake, later of what OpenSSL answers by itself. More than TLS_RECORD
+        # would be a flood, and ends the session.
         self.overhead_bytes = 0
         self.ended = False  # by the client, or by an error
 
@@ -1049,12 +1051,16 @@ CLOSED_PROTOCOL.data_to_send()
 
 
 class Connection:
-    """The connection of one client. Its methods do nothing once it is closed."""
+    """The connection of one client.
+
+    Once it is closed, `write`, `close`, `resume` and `abort` do nothing.
+    """
 
     def __init__(
         self, server: Listener, sock: socket.socket, address: Any, state: State = CONNECTING
     ) -> None:
         limits = server.limits
+        # `server` is the name that websockets gives it, for `process_request`.
         self.server, self.relay, self.loop = server, server.relay, server.loop
         self.sock, self.remote_address = sock, address
         self.protocol = ServerProtocol(
@@ -1068,14 +1074,15 @@ class Connection:
         self.unflushed_bytes = 0  # in the protocol, until the end of this turn of the loop
         self.counted_bytes = 0  # in the listener's total
         self.paused_for = NOT_PAUSED
-        self.has_turn = False  # and may process one long message
+        self.has_turn = False  # it may process one long message now
         self.eof = False  # everything the client sent was received
         self.opened = False  # the handshake was completed; stays set when the connection closes
         self.finished = False  # everything for the client was sent, or is in `output`
         self.rate_timer: asyncio.TimerHandle | None = None
         self.last_heard = self.last_pinged = time.monotonic()
         self.deadline = self.loop.call_later(limits.open_timeout, self.abort)
-        server.connections[self] = server.handshakes[self] = None
+        server.connections[self] = None
+        server.handshakes[self] = None
         self.loop.add_reader(sock, self._on_readable)
 
     # Used by the relay.
@@ -1123,7 +1130,7 @@ class Connection:
 
     def _on_readable(self) -> None:
         try:
-            # 0: as much as fits. Less over TLS, where some records cost CPU without any message.
+            # 0: as much as fits. Less over TLS, where some records cost CPU but hold no message.
             count = self.sock.recv_into(self.server.buffer, TLS_RECORD if self.tls else 0)
         except (BlockingIOError, InterruptedError):
             return
@@ -1185,8 +1192,8 @@ class Connection:
     def _control_reading(self) -> None:
         """Stop reading while the connection is paused with a full input or output."""
         # Output counts too: TLS answers some records, which never become input.
-        held = max(len(self.input) - RECEIVE_BUFFER, len(self.output) - MAX_BACKLOG)
-        full = bool(self.paused_for) and held > 0
+        too_much = len(self.input) > RECEIVE_BUFFER or len(self.output) > MAX_BACKLOG
+        full = bool(self.paused_for) and too_much
         if full and not self.eof and self not in self.server.not_reading:
             self.loop.remove_reader(self.sock)
             self.server.not_reading[self] = None
@@ -1198,7 +1205,8 @@ class Connection:
         """Return how much of the input to give to the protocol next, 0 if that is unknown.
 
         This is a whole request or a whole frame, whose header is 2 to 14 bytes long (RFC 6455,
-        section 5.2), or two bytes that the protocol refuses: an unknown opcode, or no mask.
+        section 5.2), or two bytes that the protocol refuses: an unknown opcode, or no mask. Closes
+        the connection with 1009 if the message is too long.
         """
         data = self.input
         if not self.opened:
@@ -1220,10 +1228,10 @@ class Connection:
         return header + length
 
     def _request_size(self) -> int:
-        end = self.input.find(b'\r\n\r\n') + 4
-        if end > 3:
-            return end
-        if self.input[0] == TLS_HELLO:
+        end = self.input.find(b'\r\n\r\n')
+        if end >= 0:
+            return end + 4
+        if self.input[0] == TLS_HELLO:  # on a port without TLS
             self.abort()
         elif len(self.input) > MAX_UNREGISTERED:
             self._answer(self.respond(431, 'The request is too long.\n'))
@@ -1259,11 +1267,15 @@ class Connection:
         if self.is_open:
             self.mark_open()
             self.relay.on_open(self.client, request)
-            request.headers.clear()  # the protocol keeps a reference to the request
+            request.headers.clear()  # to free them: the protocol keeps the request
         elif response.status_code == 403:
             address = client_address(self.remote_address, request)
             reason = f'origin {shown(request.headers.get("Origin", ""))} is not allowed'
             self.relay.log_refusal('unauthorized', 403, address, reason)
+
+    def _answer(self, response: Response) -> None:
+        self.protocol.send_response(response)
+        self.flush()
 
     def mark_open(self) -> None:
         """Note that the handshake is complete."""
@@ -1272,7 +1284,7 @@ class Connection:
         self.deadline.cancel()
 
     def _refuse_request(self) -> None:
-        # To a request that it cannot parse, websockets gives no answer but the end of the stream.
+        # If websockets cannot parse a request, all it does is to end the stream.
         answer = b''.join(self.protocol.data_to_send())
         if not answer:
             error = self.protocol.handshake_exc
@@ -1349,7 +1361,7 @@ class Connection:
         try:
             self.send_raw(self.tls.encrypt(data) if self.tls is not None else data)
         except ssl.SSLError:
-            self.loop.call_soon(self.abort)
+            self.loop.call_soon(self.abort)  # not now: the caller still uses the connection
 
     def send_raw(self, data: bytes) -> None:
         """Send some bytes now, or when the client has read those before."""
@@ -1388,7 +1400,8 @@ class Connection:
             self.server.count_bytes(self, held)
 
     def keep_alive(self, now: float) -> None:
-        """Ping a client that was not heard for long, or close it if a ping was not answered."""
+        """Ping a client that has been silent, or close it if it has not answered a ping."""
+        # While it is paused, its answer would not be read.
         if self.paused_for or not self.is_open:
             return
         if self.last_pinged <= self.last_heard:
@@ -1400,16 +1413,12 @@ class Connection:
 
     # Closing.
 
-    def _answer(self, response: Response) -> None:
-        self.protocol.send_response(response)
-        self.flush()
-
     def _start_deadline(self, seconds: float) -> None:
         self.deadline.cancel()
         self.deadline = self.loop.call_later(seconds, self.abort)
 
     def continue_closing(self, finished: bool) -> None:
-        """Wait for the client's close frame, or only for it to read, after an upgrade."""
+        """After an upgrade, wait for the client's close frame or, if `finished`, its end."""
         self._start_deadline(self.server.limits.close_timeout)
         if finished:
             self._finish()
@@ -1444,8 +1453,8 @@ class Connection:
         """Return whether the connection is known to be lost although nothing is read from it."""
         if not hasattr(socket, 'TCP_INFO'):
             return False
-        tcp_state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        return tcp_state == TCP_CLOSE
+        # The state is the first byte of the structure.
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
 
     def abort(self) -> None:
         """Close the socket at once and clean up. Does nothing the second time."""
@@ -1491,13 +1500,13 @@ class Listener:
         self.max_connections = max_connections or max(1, fds - RESERVED_FDS)
         self.accept_timer: asyncio.TimerHandle | None = None
         self.closed = asyncio.Event()
-        # The connections that were not heard for the longest are first.
+        # Those that have been silent for longest are first. The value None makes a dict a set.
         self.connections = OrderedDict[Connection, None]()
         self.handshakes: dict[Connection, None] = {}
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER))  # each read is copied out of it
         self.unflushed: list[Connection] = []
         self.not_reading: dict[Connection, None] = {}  # paused, with a full input or output
-        self.incomplete: dict[Connection, float] = {}  # since when part of a message is there
+        self.incomplete: dict[Connection, float] = {}  # since when only part of a message is here
         # Connections with a long message, which take turns, one at a time.
         self.turns = deque[Connection]()
         self.turn_timer: asyncio.Handle | None = None
@@ -1574,7 +1583,7 @@ class Listener:
                 self._stop_accepting_for_now(str(error.strerror))
                 return
             if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
-                # A handshake takes less than a second: the oldest is probably not one.
+                # Most handshakes take less than a second: the oldest has probably stalled.
                 next(iter(self.handshakes)).abort()
             sock.setblocking(False)
             Connection(self, sock, address)
@@ -1700,7 +1709,7 @@ async def block_signals() -> None:
 
 def command_line() -> list[str]:
     """Return the command that started this process, with the full path of the interpreter."""
-    with open('/proc/self/cmdline', 'rb') as file:  # sys.orig_argv, but on Python 3.9 too
+    with open('/proc/self/cmdline', 'rb') as file:  # sys.orig_argv needs Python 3.10
         return [sys.executable, *map(os.fsdecode, file.read().split(b'\0')[1:-1])]
 
 
@@ -1708,7 +1717,7 @@ async def try_new_code() -> None:
     """Run the new code until just before it would listen. Raises StartError if it fails."""
     pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     environment = {**os.environ, TRIAL: str(STATE_VERSION)}
-    # The child inherits that they are blocked: `systemctl kill` sends USR2 to it as well.
+    # The child inherits the blocked signals: `systemctl kill` sends USR2 to it as well.
     await block_signals()
     child = await asyncio.create_subprocess_exec(
         *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
@@ -1748,9 +1757,10 @@ async def prepare_upgrade(listeners: list[Listener]) -> int:
         await asyncio.sleep(DRAIN_TIMEOUT / 10)
     for client in list(relay._websocket_to_client.values()):
         if client.takeover is not None:
-            client.takeover.cancel()  # a takeover does not wait any longer
-    await block_signals()  # from here on, they wait for the new code
-    return len([connection for connection in encrypted if connection.opened])
+            client.takeover.cancel()  # the next holder of its UUID waits no longer
+    # From here on, signals wait for the new code. Meanwhile, takeovers and closings are completed.
+    await block_signals()
+    return sum(connection.opened for connection in encrypted)
 
 
 def save_connection(connection: Connection) -> dict[str, Any]:
@@ -1792,7 +1802,8 @@ def execute_new_code(listeners: list[Listener], began: float, closed: int) -> No
     }
     for sock in itertools.chain(*sockets, (c.sock for c in connections)):
         sock.set_inheritable(True)
-    with open(os.memfd_create('relay-state', 0), 'w+', encoding='utf-8') as file:
+    memory = os.memfd_create('relay-state', 0)  # 0: the new code inherits it
+    with open(memory, 'w+', encoding='utf-8') as file:
         file.write(json.dumps(header) + '\n')
         for connection in connections:
             file.write(json.dumps(save_connection(connection)) + '\n')
@@ -1894,7 +1905,7 @@ def receive_handover() -> Handover | None:
 #
 # What the operator sees: metrics, systemd's view of the service, and the log.
 
-# As the journal numbers them.
+# Levels of the log, as syslog and the journal number them.
 LEVELS = {'CRITICAL': 2, 'ERROR': 3, 'WARNING': 4, 'INFO': 6, 'DEBUG': 7}
 
 
@@ -1979,13 +1990,14 @@ def beat(relay: RelayServer) -> None:
 class LogFormatter(logging.Formatter):
     """Formats a line for a file or a terminal; the time only once a second, to be fast."""
 
-    second, text = 0, ''
+    cached_second, cached_time = 0, ''
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """Return the local time of a record, to the second."""
-        if int(record.created) != self.second:
-            self.second, self.text = int(record.created), super().formatTime(record, datefmt)
-        return self.text
+        if int(record.created) != self.cached_second:
+            self.cached_second = int(record.created)
+            self.cached_time = super().formatTime(record, datefmt)
+        return self.cached_time
 
 
 class JournalFormatter(logging.Formatter):
@@ -2043,7 +2055,7 @@ def configure_logging(log_dir: str | None, level: str) -> None:
 #   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]]} goes to all. With
 #       "upgrading": true, the sender's clients will soon be back.
 #
-# Relays ignore new keys and new items of a claim, and take a new verdict for "disconnected". Any
+# Relays ignore new keys and new items of a claim, and treat a new verdict as "disconnected". Any
 # other change needs a new version, which all relays must know before the first one uses it.
 
 
@@ -2053,7 +2065,7 @@ def _import_nats(credentials: str | None) -> Any:
         if credentials:
             importlib.import_module('nkeys')
             with open(credentials, 'rb') as file:
-                # nats-py 2.16 searches a file without the first of these forever.
+                # nats-py 2.16 loops forever if the first of these is missing.
                 if not re.search(b'BEGIN NATS USER JWT.*BEGIN USER NKEY SEED', file.read(), re.S):
                     raise StartError(f'{credentials} holds no credentials for NATS')
     except ImportError as error:
@@ -2079,7 +2091,7 @@ class Backplane:
     """A relay's connection to the other relays, and everything it has in flight there.
 
     Each client has a claim, and a subscription of the present connection. Messages to each peer
-    wait in a queue. It sends a batch and waits for its verdicts: one for each message, in order.
+    wait in a queue. Its task sends a batch and waits for the verdicts, one for each message.
     """
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
@@ -2312,7 +2324,7 @@ async def serve(
 
     Raises StartError if a file cannot be used or if it cannot listen on an address.
     """
-    # A thread that looks up a name must not receive the signals that an upgrade blocks.
+    # Threads that look up names block these signals: during an upgrade, they must stay pending.
     block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, UPGRADE_SIGNALS)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block))
     relay = relay or RelayServer()
@@ -2390,13 +2402,14 @@ async def _stop(listeners: list[Listener]) -> None:
     closed = [asyncio.ensure_future(listener.closed.wait()) for listener in listeners]
     # A client that neither reads nor closes must not keep the relay from stopping.
     await asyncio.wait(closed, timeout=STOP_TIMEOUT)
-    for connection in [each for listener in listeners for each in listener.connections]:
-        connection.abort()
+    for listener in listeners:
+        for connection in list(listener.connections):
+            connection.abort()
     logger.info('Server closed')
 
 
 def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
-    """Return a context for TLS 1.2 and later. Raises StartError that names the wrong file."""
+    """Return a context for TLS 1.2 and later. Raises a StartError that names the faulty file."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     path, content = certfile, 'certificate'
@@ -2404,7 +2417,7 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
         # The errors of load_cert_chain do not name a file, so each one is tried by itself.
         ssl.create_default_context(cafile=certfile)
         path, content = keyfile or certfile, 'private key without a password'
-        with open(path, 'rb'):
+        with open(path, 'rb'):  # whose error names the file
             # With an empty password, OpenSSL does not ask for one on the terminal.
             context.load_cert_chain(certfile, keyfile, password='')
     except ssl.SSLError as error:
@@ -2452,7 +2465,7 @@ def _without_token(url: str) -> str:
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         if parts.scheme in ('ws', 'wss') and parts.hostname and parts.port != 0:
-            # The token may contain an @ or a ? and, by mistake, a line break.
+            # Cut off the token first: it may contain an @ or a ? and, by mistake, a line break.
             url = re.split('[?&]token=', ''.join(url.split()))[0]
             return re.sub('//.*@', '//', url).partition('?')[0]
     raise StartError('--check: not an address such as wss://relay.example.org:8765')
@@ -2524,7 +2537,7 @@ async def expect(message: Message, source: Any, peer: Any, expected: Message) ->
     finally:
         for task in receiving:
             task.cancel()
-    if received == message != expected:
+    if received == message and message != expected:
         raise StartError('an echo server, not a relay; check the address')
     if received != expected:
         reason = getattr(received, 'message', None) or getattr(received, 'error', None)
