@@ -2054,7 +2054,6 @@ def configure_logging(log_dir: str | None, level: str) -> None:
 #       for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
 #   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]]} goes to all. With
 #       "upgrading": true, the sender's clients will soon be back.
-#
 # Relays ignore new keys and new items of a claim, and treat a new verdict as "disconnected". Any
 # other change needs a new version, which all relays must know before the first one uses it.
 
@@ -2131,7 +2130,7 @@ class Backplane:
         try:
             await self.nats.connect(error_cb=self._on_error, **self.options)
             await self.nats.subscribe('relay.claims', cb=self._on_claims)
-            if not self.connected:  # or never was: nats-py 2.16 may take other news for its pong
+            if not self.connected:  # nats-py 2.16 may take another message for its first PONG
                 raise ConnectionError('interrupted while connecting')
             self.logged.clear()
             logger.info('NATS is connected: %s', self.nats.connected_url.netloc.rpartition('@')[2])
@@ -2223,9 +2222,9 @@ class Backplane:
                     batch.clear()
 
     async def _on_claims(self, message: Any) -> None:
-        # A younger client with a higher stamp displaces one here. If the clock of its relay is
-        # slow, its stamp is lower: this relay answers, and the other one outbids the answer. A
-        # claim does not age on its way, so if clocks differ, one that comes late may win.
+        # A registers at relay 1 (stamp 10), then B at relay 2, whose clock is slow (stamp 7). Relay 1
+        # answers with A's claim. Relay 2, whose client is younger, outbids it (stamp 11), and relay
+        # 1 displaces A. A claim does not age on its way: if clocks differ, a late one may win.
         batch, now = json.loads(message.data), time.monotonic()
         if batch['version'] != 1:
             raise ConnectionError('another relay makes claims of a version not known here')
@@ -2274,6 +2273,7 @@ class Backplane:
 
     async def _send_batch(self, subject: str, queue: Iterable[tuple[Client, bytes]]) -> list[str]:
         """Return verdicts on the first messages. Tries again while none can have arrived."""
+        # As many as fit into one request, with a NUL byte between them.
         ends = itertools.accumulate(len(data) + 1 for _, data in queue)
         batch = [data for (_, data), end in zip(queue, ends) if end <= self.nats.max_payload + 1]
         for attempt in range(int(NATS_REQUEST_TIMEOUT / SUBSCRIPTION_PROPAGATION)):
@@ -2300,7 +2300,7 @@ class Backplane:
 
 
 def _subject(user: str, uuid: UUID | None) -> str:
-    return f'relay.client.{user.encode().hex() or "-"}.{uuid}'  # '.' and others separate parts
+    return f'relay.client.{user.encode().hex() or "-"}.{uuid}'  # hex: dots and stars are special
 
 
 # ------------------------------------------------------------------------------- Server
