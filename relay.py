@@ -2122,7 +2122,7 @@ class Backplane:
 
     async def _run(self) -> None:
         while True:
-            await self._log_errors(self._connect_and_claim())
+            await self._log_errors(self._connect_and_claim)
             await asyncio.sleep(NATS_HEARTBEAT)
 
     async def _connect_and_claim(self) -> None:
@@ -2137,7 +2137,7 @@ class Backplane:
             for beat in itertools.count():
                 # Again at the second beat: by then, all NATS servers know that this relay listens.
                 if beat == 1 or beat % CLAIM_BEATS == 0:
-                    self._start(self._update(self.claims))
+                    self._start(self._update, self.claims)
                 self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)
                 await asyncio.sleep(NATS_HEARTBEAT)
         finally:
@@ -2151,14 +2151,14 @@ class Backplane:
                 task.cancel()
             await asyncio.wait({closing, *self.tasks}, timeout=NATS_REQUEST_TIMEOUT)
 
-    def _start(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(self._log_errors(work))
+    def _start(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        task = asyncio.ensure_future(self._log_errors(work, *args))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _log_errors(self, work: Awaitable[Any]) -> Any:
-        try:
-            return await work
+    async def _log_errors(self, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        try:  # called only here: a task that is cancelled before it starts leaves no coroutine
+            return await work(*args)
         except Exception as error:
             await self._on_error(error)
 
@@ -2178,9 +2178,9 @@ class Backplane:
         """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS."""
         if upgrading and self.connected:
             notice = json.dumps({'version': 1, 'claims': [], 'upgrading': True})
-            self._start(self.nats.publish('relay.claims', notice.encode()))
+            self._start(self.nats.publish, 'relay.claims', notice.encode())
         for subscription in self.subscriptions.values():
-            self._start(subscription.drain())
+            self._start(subscription.drain)
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=DRAIN_TIMEOUT)
         while not self.running.done():  # nats-py may take a cancellation for one of its own
@@ -2191,12 +2191,12 @@ class Backplane:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
         self.claims[client] = claim or Claim(time.time_ns(), uuid4().hex, time.monotonic())
         self.clients[_subject(client.user, client.uuid)] = client
-        self._start(self._update([client]))
+        self._start(self._update, [client])
 
     def withdraw(self, client: Client) -> None:
         """Unsubscribe from a client's messages."""
         del self.claims[client], self.clients[_subject(client.user, client.uuid)]
-        self._start(self._update([client]))
+        self._start(self._update, [client])
 
     async def _update(self, clients: Iterable[Client]) -> None:
         """Subscribe and claim clients in batches, and unsubscribe those that have left."""
@@ -2209,7 +2209,7 @@ class Backplane:
                 client = self.changed.pop()
                 subject = _subject(client.user, client.uuid)
                 if client not in self.claims and client in subscriptions:
-                    self._start(subscriptions.pop(client).drain())
+                    self._start(subscriptions.pop(client).drain)
                 if client in self.claims and client not in subscriptions:
                     handler = partial(self._on_request, client.user, client.uuid)
                     subscriptions[client] = await nats.subscribe(subject, 'relays', handler)
@@ -2222,9 +2222,9 @@ class Backplane:
                     batch.clear()
 
     async def _on_claims(self, message: Any) -> None:
-        # A registers at relay 1 (stamp 10), then B at relay 2, whose clock is slow (stamp 7). Relay 1
-        # answers with A's claim. Relay 2, whose client is younger, outbids it (stamp 11), and relay
-        # 1 displaces A. A claim does not age on its way: if clocks differ, a late one may win.
+        # A registers at relay 1 (stamp 10), then B at relay 2 with a slow clock (stamp 7). Relay 1
+        # answers with A's claim. Relay 2, whose client is younger, outbids it (11), and relay 1
+        # displaces A. A claim does not age on its way: if clocks differ, a late one may win.
         batch, now = json.loads(message.data), time.monotonic()
         if batch['version'] != 1:
             raise ConnectionError('another relay makes claims of a version not known here')
@@ -2238,7 +2238,7 @@ class Backplane:
                     self.relay.displace(client, f'{address} (on another relay)')
                 elif claim_id != own.id:  # it would be the same from before an upgrade
                     self.claims[client] = own._replace(stamp=max(own.stamp, stamp + 1))
-                    self._start(self._update([client]))
+                    self._start(self._update, [client])
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message or return why not. What another relay refuses is sent back later."""
@@ -2252,7 +2252,7 @@ class Backplane:
             return 'backlog'
         if key not in self.queues:
             self.queues[key] = queue
-            self._start(self._send_queue(key, queue))
+            self._start(self._send_queue, key, queue)
         queue.append((client, data))
         self.in_flight += size
         return None
@@ -2261,7 +2261,7 @@ class Backplane:
         while queue:
             verdicts: list[str] | None = None
             with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
-                verdicts = await self._log_errors(self._send_batch(_subject(*key), queue))
+                verdicts = await self._log_errors(self._send_batch, _subject(*key), queue)
             # After a failure, a batch may still arrive: nothing is sent that could overtake it.
             for kind in verdicts or ['disconnected'] * len(queue):
                 client, data = queue.popleft()

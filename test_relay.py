@@ -4966,6 +4966,17 @@ async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkey
 
 
 @over_nats
+async def test_work_cancelled_before_it_starts_leaves_no_coroutine(bus):
+    async with joined_relay(bus) as server:
+        await settled(server)
+        server.backplane._start(server.backplane._update, [])
+        for task in server.backplane.tasks:
+            task.cancel()
+        await until(lambda: not server.backplane.tasks)
+        gc.collect()  # a warning would fail the test
+
+
+@over_nats
 @pytest.mark.parametrize('how', ['reset', 'killed'])
 async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch, quick):
     async def drain(transport):
