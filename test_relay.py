@@ -4677,7 +4677,7 @@ async def test_clients_that_leave_leave_nothing_with_nats():
                 reading = asyncio.ensure_future(drain(newer))
                 for number in range(30):
                     # Messages to earlier ones may arrive: more than a client usually reads ahead.
-                    async with registered(one, A, 'passing', max_queue=None) as a:
+                    async with registered(one, A, 'passing', max_queue=1000) as a:
                         async with registered(other, B, 'passing') as b:
                             await b.say(b.offer(A))
                             await say_all(a, [a.offer(B), a.offer(UUID(int=number + 1))])
