@@ -563,6 +563,14 @@ class Client:
         return f'{self.uuid or "unregistered"} ({shown(self.name)}, {user}at {self.address})'
 
 
+class Claim(NamedTuple):
+    """A client's claim to its UUID among relays. The highest (stamp, id) holds the UUID."""
+
+    stamp: int  # ns, wall clock at registration, or higher to outbid an older client
+    id: str  # unique; decides between equal stamps
+    since: float  # s, monotonic clock at registration; on Linux the same in all processes
+
+
 class RelayServer:
     """The registry of clients, and the rules by which they register and reach each other.
 
@@ -1723,19 +1731,38 @@ async def try_new_code() -> None:
         *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
     )
     signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+    ending = asyncio.ensure_future(child.communicate())
     try:
-        _, output = await asyncio.wait_for(child.communicate(), TRIAL_TIMEOUT)
-    except asyncio.TimeoutError:
-        raise StartError(f'the new version does not start within {TRIAL_TIMEOUT} s') from None
+        # Before Python 3.12, `wait_for` may ignore that the relay is to stop.
+        await asyncio.wait({ending}, timeout=TRIAL_TIMEOUT)
+        if not ending.done():
+            raise StartError(f'the new version does not start within {TRIAL_TIMEOUT} s')
+        output = ending.result()[1]
     finally:  # also if the relay stops in the meantime
+        ending.cancel()
         if child.returncode is None:
             child.kill()
             await child.wait()
-    if child.returncode != 0:
+    # An empty or incomplete file exits with 0 as well, but does not print TRIAL.
+    if child.returncode != 0 or TRIAL.encode() not in output:
         # The last line may be anything, even escape codes for a terminal.
         last = output.decode(errors='replace').strip().rpartition('\n')[2].strip()
         reason = ascii(last[:MAX_REASON])[1:-1]
         raise StartError(reason or f'the new version exits with status {child.returncode}')
+
+
+def is_trial() -> bool:
+    """Return whether this process only has to show that it starts, and say that it does.
+
+    Raises StartError if it could not take over the clients of the running version.
+    """
+    state_version = os.environ.get(TRIAL)
+    if state_version is None:
+        return False
+    if state_version != str(STATE_VERSION):
+        raise StartError('the new version cannot take over the clients; restart the relay')
+    print(TRIAL, file=sys.stderr)
+    return True
 
 
 async def prepare_upgrade(listeners: list[Listener]) -> int:
@@ -2078,14 +2105,6 @@ def _import_nats(credentials: str | None) -> Any:
     return nats
 
 
-class Claim(NamedTuple):
-    """A client's claim to its UUID. The highest (stamp, id) holds the UUID."""
-
-    stamp: int  # ns, wall clock at registration, or higher to outbid an older client
-    id: str  # unique; decides between equal stamps
-    since: float  # s, monotonic clock at registration; on Linux the same in all processes
-
-
 class Backplane:
     """A relay's connection to the other relays, and everything it has in flight there.
 
@@ -2144,11 +2163,16 @@ class Backplane:
             # nats-py 2.16: its flusher may fail; close() may last long, and leave tasks running.
             flusher = filter(None, [getattr(self.nats, '_flusher_task', None)])
             closing: Any = asyncio.gather(self.nats.close(), *flusher, return_exceptions=True)
-            await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
-            for subscription in list(getattr(self.nats, '_subs', {}).values()):
-                subscription._stop_processing()
-            for task in self.tasks:
-                task.cancel()
+            try:
+                await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
+            finally:  # also if it is cancelled
+                writer = getattr(getattr(self.nats, '_transport', None), '_io_writer', None)
+                if writer is not None:  # a frozen server would never read what is unsent
+                    writer.transport.abort()
+                for subscription in list(getattr(self.nats, '_subs', {}).values()):
+                    subscription._stop_processing()
+                for task in self.tasks:
+                    task.cancel()
             await asyncio.wait({closing, *self.tasks}, timeout=NATS_REQUEST_TIMEOUT)
 
     def _start(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
@@ -2165,7 +2189,8 @@ class Backplane:
     async def _on_error(self, error: Exception) -> None:
         """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
         # nats-py 2.16 puts its name before texts, quotes subjects, and asserts to be connected.
-        text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '") or repr(error)
+        text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '")
+        text = text or type(error).__name__
         faults = self.library.errors.Error, OSError, asyncio.TimeoutError, AssertionError
         if not isinstance(error, faults):
             logger.error('Internal error while using NATS', exc_info=error)
@@ -2183,9 +2208,11 @@ class Backplane:
             self._start(subscription.drain)
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=DRAIN_TIMEOUT)
-        while not self.running.done():  # nats-py may take a cancellation for one of its own
-            self.running.cancel()
-            await asyncio.wait({self.running}, timeout=2 * NATS_HEARTBEAT)
+        while works := [work for work in (self.running, *self.tasks) if not work.done()]:
+            await asyncio.sleep(0)  # a task that is cancelled before it starts would do nothing
+            for work in works:  # again and again: nats-py may take it for one of its own
+                work.cancel()
+            await asyncio.wait(works, timeout=2 * NATS_HEARTBEAT)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
@@ -2334,9 +2361,7 @@ async def serve(
     if nats:
         relay.backplane = Backplane(relay, nats, nats_credentials)
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
-    if TRIAL in os.environ:
-        if os.environ[TRIAL] != str(STATE_VERSION):
-            raise StartError('the new version cannot take over the clients; restart the relay')
+    if is_trial():
         return
     handover = receive_handover()
     listeners = await _listen(relay.listener, host, port, metrics_port, handover)
@@ -2352,12 +2377,17 @@ async def _listen(
     inherited = [(), ()] if handover is None else handover.header['sockets']
     # Several relays of one machine can share a port if NATS links them.
     shared = relay.backplane is not None
-    await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
-    if metrics_port is None:
-        return [clients]
     scrapes = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
-    await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])
-    return [clients, scrapes]
+    try:
+        await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
+        if metrics_port is None:
+            return [clients]
+        await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])
+        return [clients, scrapes]
+    except StartError:
+        if relay.backplane is not None:  # nats-py may ignore the cancellation by asyncio.run
+            await relay.backplane.close()
+        raise
 
 
 async def _run_until_stopped(
@@ -2382,6 +2412,8 @@ async def _run_until_stopped(
     upgrading.cancel()
     await asyncio.wait({upgrading})
     await _stop(listeners)
+    # Their handlers end with the loop: until the process exits, another signal must not kill it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
 
 
 def _log_start(listeners: list[Listener]) -> None:
