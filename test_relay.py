@@ -2351,6 +2351,7 @@ WRONG = [
     ('relay.py', prefixed('raise SystemExit(3)'), 'status 3'),
     ('relay.py', prefixed('import os; os.abort()'), 'status -6'),
     ('relay.py', ('STATE_VERSION = 1\n', 'STATE_VERSION = 2\n'), 'restart the relay'),
+    ('relay.py', ("if __name__ == '__main__':\n    raise SystemExit(main())", ''), 'status 0'),
     ('relay.py', None, 'relay.py'),
     ('tokens', ('bob:b1', 'nonsense'), 'not in the form user:token'),
 ]
@@ -2464,6 +2465,18 @@ async def test_a_signal_during_the_upgrade_does_not_kill(tmp_path, old, new, num
             assert program.process.wait(20) == 0
         else:
             await exchange(*pair)
+
+
+@pytest.mark.parametrize('number', [*relay.UPGRADE_SIGNALS], ids=str)
+@run_upgrades
+async def test_a_signal_does_not_kill_a_relay_that_has_stopped(tmp_path, number):
+    end = '    return 0\n\n\nif __name__'
+    async with upgradable(tmp_path, edits=[(end, f'    if True:{WAIT}{end}')]) as program:
+        program.process.terminate()
+        await until((tmp_path / 'waiting').exists)
+        program.process.send_signal(number)
+        (tmp_path / 'go').touch()
+        assert await asyncio.to_thread(program.process.wait, 20) == 0
 
 
 @pytest.mark.parametrize('stop', [signal.SIGTERM, signal.SIGINT], ids=str)
@@ -4963,6 +4976,16 @@ async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkey
                     await a.say(a.offer(peer.uuid))
                     assert await peer.hear() == a.offer(peer.uuid)
                 await until_subscribed(server, A, *uuids)
+
+
+@over_nats
+async def test_a_relay_whose_port_is_taken_ends_although_it_uses_nats(bus):
+    command = [sys.executable, HERE / 'relay.py', '--host', '127.0.0.1', '--nats', bus, '--port']
+    for _ in range(4):  # nats-py ignores a cancellation in some states
+        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=15)
+        done = await asyncio.to_thread(run, [*command, str(urlsplit(bus).port)])
+        assert (done.returncode, done.stderr.count('\n')) == (1, 1)
+        assert 'Address already in use' in done.stderr
 
 
 @over_nats
