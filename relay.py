@@ -21,7 +21,7 @@ receives a response before anything else. From then on it sends and receives pee
      "error": null}
 
 A `relay_registration` (ProxyStore 0.6 and later) works the same and is answered by a
-`relay_response`. A `peer_connection` is forwarded exactly as it was received. Its last three
+`relay_response`. A `peer_connection` is forwarded unchanged, to the byte. Its last three
 fields are the peers' business; `error` may be missing, and unknown keys are forwarded too.
 
 A message that cannot be forwarded is returned to its sender with the reason in `error`: the peer
@@ -33,8 +33,8 @@ If a UUID is registered again on a new connection, the old connection is closed:
 used `server_registration`, with 4004 ("do not come back") if it used `relay_registration`. Other
 close codes: 1001 the relay stops; 1002 invalid frame; 1007 text not UTF-8; 1008 not registered
 or message not complete within 30 s, or token revoked; 1009 message longer than 1 MiB (64 KiB
-before registering); 1011 ping not answered, or a bug; 1012 upgrade; 1013 too many clients or out
-of memory.
+before registering); 1011 ping not answered or internal error; 1012 upgrade; 1013 too many clients
+or out of memory.
 
 If the relay requires tokens, a client sends one in its handshake: `Authorization: Bearer TOKEN`,
 ws://USER:TOKEN@HOST or ws://HOST/?token=TOKEN. A client without a valid token gets HTTP 401. A
@@ -407,7 +407,7 @@ def read_tokens(path: str) -> dict[bytes, str]:
         with open(path, encoding='utf-8-sig') as file:
             if os.fstat(file.fileno()).st_mode & 0o007:
                 logger.warning('%s can be read or changed by every user of this machine', path)
-            # A # begins a comment in front of a line or after a space, but not inside a token.
+            # A # begins a comment at the start of a line or after a space, but not inside a token.
             lines = [f' {line}'.partition(' #')[0].strip() for line in file]
     except (OSError, ValueError) as error:
         raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
@@ -2167,7 +2167,7 @@ class Backplane:
                 await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
             finally:  # also if it is cancelled
                 writer = getattr(getattr(self.nats, '_transport', None), '_io_writer', None)
-                if writer is not None:  # a frozen server would never read what is unsent
+                if writer is not None:  # a frozen server would never read the rest
                     writer.transport.abort()
                 for subscription in list(getattr(self.nats, '_subs', {}).values()):
                     subscription._stop_processing()
@@ -2449,7 +2449,7 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
         # The errors of load_cert_chain do not name a file, so each one is tried by itself.
         ssl.create_default_context(cafile=certfile)
         path, content = keyfile or certfile, 'private key without a password'
-        with open(path, 'rb'):  # whose error names the file
+        with open(path, 'rb'):  # a file that cannot be read is an OSError here
             # With an empty password, OpenSSL does not ask for one on the terminal.
             context.load_cert_chain(certfile, keyfile, password='')
     except ssl.SSLError as error:
