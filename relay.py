@@ -2552,8 +2552,7 @@ async def _open_websocket(url: str) -> Any:
     newer = int(websockets_version.partition('.')[0]) >= 15
     direct: dict[str, Any] = {'proxy': None} if newer else {}
     try:
-        opening = connect(url, open_timeout=None, close_timeout=1, **direct)
-        return await asyncio.wait_for(opening, CHECK_TIMEOUT)
+        return await connect(url, open_timeout=CHECK_TIMEOUT, close_timeout=1, **direct)
     except asyncio.TimeoutError:
         hint = 'check the firewall, and that the relay is not stuck'
         raise StartError(f'no WebSocket within {CHECK_TIMEOUT} s; {hint}') from None

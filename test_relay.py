@@ -5608,7 +5608,7 @@ async def begin(talk):
     mark(talk)
     while len(talk.clients) < 2 * talk.options.pairs:
         progress(f'{len(talk.clients)} clients are connected')
-        await asyncio.wait_for(join(talk), relay.CHECK_TIMEOUT)
+        await join(talk)
     for client in talk.clients:
         if client.websocket.state is not State.OPEN:
             await client.websocket.wait_closed()
