@@ -1070,7 +1070,7 @@ class Connection:
         limits = server.limits
         # `server` is the name that websockets gives it, for `process_request`.
         self.server, self.relay, self.loop = server, server.relay, server.loop
-        self.sock, self.remote_address = sock, address
+        self.sock, self.fd, self.remote_address = sock, sock.fileno(), address
         self.protocol = ServerProtocol(
             origins=limits.origins, max_size=limits.max_size, state=state
         )
@@ -1091,7 +1091,9 @@ class Connection:
         self.deadline = self.loop.call_later(limits.open_timeout, self.abort)
         server.connections[self] = None
         server.handshakes[self] = None
-        self.loop.add_reader(sock, self._on_readable)
+        # By number: of an unknown socket, asyncio's selectors write a description, which takes two
+        # system calls, four times in the life of a connection.
+        self.loop.add_reader(self.fd, self._on_readable)
 
     # Used by the relay.
 
@@ -1167,7 +1169,7 @@ class Connection:
 
     def _on_eof(self) -> None:
         self.eof = True
-        self.loop.remove_reader(self.sock)
+        self.loop.remove_reader(self.fd)
         self.server.not_reading.pop(self, None)
         self.process_input()
 
@@ -1203,11 +1205,11 @@ class Connection:
         too_much = len(self.input) > RECEIVE_BUFFER or len(self.output) > MAX_BACKLOG
         full = bool(self.paused_for) and too_much
         if full and not self.eof and self not in self.server.not_reading:
-            self.loop.remove_reader(self.sock)
+            self.loop.remove_reader(self.fd)
             self.server.not_reading[self] = None
         elif not full and self in self.server.not_reading:
             del self.server.not_reading[self]
-            self.loop.add_reader(self.sock, self._on_readable)
+            self.loop.add_reader(self.fd, self._on_readable)
 
     def _next_size(self) -> int:
         """Return how much of the input to give to the protocol next, 0 if that is unknown.
@@ -1381,7 +1383,7 @@ class Connection:
             except OSError:
                 return  # the client is gone, which is noticed when reading
             if data:
-                self.loop.add_writer(self.sock, self._on_writable)
+                self.loop.add_writer(self.fd, self._on_writable)
         if data:
             self.output += data
             self._count_bytes()
@@ -1397,7 +1399,7 @@ class Connection:
             self.output.clear()
         self._count_bytes()
         if not self.output:
-            self.loop.remove_writer(self.sock)
+            self.loop.remove_writer(self.fd)
             self._end_if_done()
         if len(self.output) <= MAX_BACKLOG // 4:
             self.resume(UNREAD)
@@ -1468,8 +1470,8 @@ class Connection:
         """Close the socket at once and clean up. Does nothing the second time."""
         if self not in self.server.connections:
             return
-        self.loop.remove_reader(self.sock)
-        self.loop.remove_writer(self.sock)
+        self.loop.remove_reader(self.fd)
+        self.loop.remove_writer(self.fd)
         self.sock.close()
         self.deadline.cancel()
         if self.rate_timer is not None:
