@@ -12,6 +12,7 @@ import base64
 import contextlib
 import functools
 import gc
+import inspect
 import itertools
 import json
 import logging
@@ -78,13 +79,48 @@ def run_within(seconds):
     return decorate
 
 
-run_async = run_within(8)
+# Seconds that a coroutine may take, by a fixture that it uses.
+TIME_LIMITS = {'upgradable': 60, 'bus': 20, 'nats_server': 20}
+
+
+def run_coroutines(names):
+    """Let pytest run each test that is a coroutine; called at the end of this file."""
+    for name, test in list(names.items()):
+        if name.startswith('test_') and inspect.iscoroutinefunction(test):
+            used = TIME_LIMITS.keys() & inspect.signature(test).parameters.keys()
+            names[name] = run_within(max((TIME_LIMITS[x] for x in used), default=8))(test)
+
+
+def each(names, *rows, **options):
+    """Run a test with each of some rows of data; with a dict, its keys are the names."""
+    if len(rows) == 1 and isinstance(rows[0], dict):
+        options, rows = {'ids': rows[0], **options}, rows[0].values()
+    return pytest.mark.parametrize(names, rows, **options)
+
+
+@contextlib.asynccontextmanager
+async def all_of(contexts):
+    """Enter several contexts, and yield what they yield."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(context) for context in contexts]
 
 
 @contextlib.asynccontextmanager
 async def running_relay(tls=None, tokens=None, max_clients=None, rate=0, **limits):
-    """Serve a relay as the command line does; yields it, with its URL as `url`."""
-    server = RelayServer(tokens, max_clients, rate)
+    """Serve a relay as the command line does; yields it, with its URL as `url`.
+
+    Names in capitals are constants of relay.py.
+    """
+    constants = {name: limits.pop(name) for name in [*limits] if name.isupper()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(relay, name, value)
+        async with serving(RelayServer(tokens, max_clients, rate), tls, limits) as server:
+            yield server
+
+
+@contextlib.asynccontextmanager
+async def serving(server, tls, limits):
     if way == 'serve':
         listener = relay.Listener(server, server.process_request, relay.Limits(**limits), tls=tls)
         listening = until_closed(await listener.listen('127.0.0.1', 0))
@@ -350,10 +386,6 @@ def test_an_object_that_is_not_a_message_is_an_encode_error(thing):
 # ------------------------------------------------------------------------------- Protocol
 
 
-def run_both_ways(test):
-    return both_ways(run_async(test))
-
-
 @contextlib.asynccontextmanager
 async def relay_with(*uuids, tls=None, tokens=None, **options):
     """Serve a relay to clients that have registered; yields it and them."""
@@ -370,7 +402,7 @@ takeover_codes = pytest.mark.parametrize('generation, code', [('server', 1001), 
     [({'name': 'x'}, None), ({'uuid': str(B)}, f'this connection is already registered as {A}')],
 )
 @both_generations
-@run_both_ways
+@both_ways
 async def test_a_second_registration_on_one_socket_changes_nothing(fields, reason, generation):
     async with relay_with(A, generation=generation) as (server, peer):
         assert await peer.ask({**peer.registration(), **fields}) == peer.response(reason)
@@ -379,7 +411,7 @@ async def test_a_second_registration_on_one_socket_changes_nothing(fields, reaso
 
 
 @takeover_codes
-@run_both_ways
+@both_ways
 async def test_a_registration_displaces_the_old_socket_before_it_is_answered(generation, code):
     async with relay_with(B) as (server, peer), connected(server) as new:
         async with registered(server, A, generation=generation) as old:
@@ -398,7 +430,7 @@ async def test_a_registration_displaces_the_old_socket_before_it_is_answered(gen
             await exchange(new, peer)
 
 
-@run_both_ways
+@both_ways
 async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
     async with relay_with(B, A) as (server, peer, old):
         stall(old)
@@ -410,7 +442,7 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
 
 
 @takeover_codes
-@run_both_ways
+@both_ways
 async def test_the_last_of_three_to_register_holds_the_uuid(generation, code, monkeypatch, caplog):
     monkeypatch.setattr(relay, 'FIGHT', 1)
     async with relay_with(A) as (server, first):
@@ -429,7 +461,7 @@ async def test_the_last_of_three_to_register_holds_the_uuid(generation, code, mo
     assert f'UUID {A} is registered' in caplog.text and 'UUID None' not in caplog.text
 
 
-@run_both_ways
+@both_ways
 async def test_one_client_wins_a_race_for_a_uuid_and_is_reachable():
     async with relay_with(B) as (server, peer):
         async with contextlib.AsyncExitStack() as stack:
@@ -446,7 +478,7 @@ async def test_one_client_wins_a_race_for_a_uuid_and_is_reachable():
         assert 'unknown' in (await peer.ask(peer.offer(A)))['error']
 
 
-@run_both_ways
+@both_ways
 async def test_a_message_before_registration_is_refused():
     async with running_relay() as server, connected(server) as peer:
         assert await peer.ask(OFFER) == peer.response('client has not registered yet')
@@ -454,7 +486,7 @@ async def test_a_message_before_registration_is_refused():
 
 @pytest.mark.parametrize('one', GENERATIONS)
 @pytest.mark.parametrize('other', GENERATIONS)
-@run_both_ways
+@both_ways
 async def test_peers_of_every_generation_exchange_messages(one, other):
     async with relay_with(A, generation=one) as (server, first):
         async with registered(server, B, generation=other) as second:
@@ -476,7 +508,7 @@ async def test_peers_of_every_generation_exchange_messages(one, other):
     ],
     ids=range(9),
 )
-@run_both_ways
+@both_ways
 async def test_the_text_of_a_forwarded_message_is_the_text_received(text):
     async with relay_with(A, B) as (_, one, other):
         await one.say(text)
@@ -500,7 +532,7 @@ RETURNED = {
 
 @pytest.mark.parametrize('fields, changes', RETURNED.values(), ids=RETURNED)
 @both_generations
-@run_both_ways
+@both_ways
 async def test_a_message_comes_back_to_its_sender_alone(fields, changes, generation):
     async with relay_with(A, B, generation=generation) as (_, peer, other):
         message = {**OFFER, **fields}
@@ -511,7 +543,7 @@ async def test_a_message_comes_back_to_its_sender_alone(fields, changes, generat
 
 
 @pytest.mark.parametrize('letter', ['x', '\U0001f600'])
-@run_both_ways
+@both_ways
 async def test_a_peer_that_does_not_read_delays_no_other_and_may_read_again(letter):
     async with relay_with(A, B, C) as (server, sender, slow, other):
         stall(slow)
@@ -525,7 +557,7 @@ async def test_a_peer_that_does_not_read_delays_no_other_and_may_read_again(lett
             assert len(heard.encode()) == 2**19
 
 
-@run_both_ways
+@both_ways
 async def test_a_message_longer_than_the_backlog_is_accepted_if_the_backlog_is_empty(monkeypatch):
     monkeypatch.setattr(relay, 'MAX_BACKLOG', 10)
     async with relay_with(A, B) as (_, one, other):
@@ -535,7 +567,7 @@ async def test_a_message_longer_than_the_backlog_is_accepted_if_the_backlog_is_e
 @pytest.mark.parametrize(
     'text, reason', rows(MALFORMED) + MISSING + MISTYPED, ids=lambda text: ascii(text[:30])
 )
-@run_both_ways
+@both_ways
 async def test_an_invalid_message_closes_neither_connection_nor_registration(text, reason):
     async with relay_with(A) as (_, peer):
         answer = await peer.ask(text)
@@ -545,7 +577,7 @@ async def test_an_invalid_message_closes_neither_connection_nor_registration(tex
 
 
 @both_generations
-@run_both_ways
+@both_ways
 async def test_a_refusal_is_in_the_words_of_the_registration(generation):
     async with running_relay() as server, connected(server) as peer:
         peer.uuid, peer.generation = A, generation
@@ -555,7 +587,7 @@ async def test_a_refusal_is_in_the_words_of_the_registration(generation):
         assert await peer.ask('nope') == peer.response(NOT_JSON)
 
 
-@run_both_ways
+@both_ways
 async def test_a_frame_over_the_limit_closes_its_connection_with_1009():
     async with relay_with(A) as (server, peer):
         await peer.say('x' * (relay.MAX_MESSAGE + 1))
@@ -563,7 +595,7 @@ async def test_a_frame_over_the_limit_closes_its_connection_with_1009():
         await until(lambda: not server._uuid_to_client)
 
 
-@run_both_ways
+@both_ways
 async def test_a_new_client_receives_its_response_first():
     async with relay_with(A) as (server, sender):
         for _ in range(50):
@@ -594,6 +626,20 @@ def logged(caplog, level='DEBUG'):
         assert record.levelno < logging.ERROR and not record.exc_info, record.getMessage()
 
 
+@pytest.fixture
+def log(caplog):
+    """Return a function that returns the logged lines with a word.
+
+    Neither an ERROR nor a traceback may be among them in the end.
+    """
+    caplog.set_level('DEBUG', 'relay')
+    yield lambda word='': [
+        r.getMessage() for r in caplog.records if r.name == 'relay' and word in r.getMessage()
+    ]
+    for record in caplog.get_records('call'):
+        assert record.levelno < logging.ERROR and not record.exc_info, record.getMessage()
+
+
 async def leave_with_a_close(peer):
     await peer.websocket.close()
 
@@ -613,7 +659,7 @@ async def leave_in_the_middle_of_a_frame(peer):
 @pytest.mark.parametrize(
     'leave', [leave_with_a_close, leave_with_a_reset, leave_in_the_middle_of_a_frame]
 )
-@run_both_ways
+@both_ways
 async def test_a_registration_ends_with_its_connection(leave, caplog):
     with logged(caplog) as lines:
         async with relay_with(B) as (server, peer):
@@ -626,7 +672,6 @@ async def test_a_registration_ends_with_its_connection(leave, caplog):
         assert [line for line in lines() if line.startswith(f'Unregistered {A}')]
 
 
-@run_async
 async def test_an_internal_error_is_logged_and_closes_only_its_own_connection(caplog, monkeypatch):
     async with relay_with(A, B) as (server, one, other):
         with monkeypatch.context() as patch:
@@ -638,7 +683,6 @@ async def test_an_internal_error_is_logged_and_closes_only_its_own_connection(ca
     assert [r.exc_info[0] for r in caplog.records if r.name == 'relay'] == [ZeroDivisionError]
 
 
-@run_async
 async def test_a_connection_that_takes_nothing_is_ended_by_the_kernel():
     async with relay_with(A) as (server, _):
         sock = holder(server, A).link.sock
@@ -646,7 +690,6 @@ async def test_a_connection_that_takes_nothing_is_ended_by_the_kernel():
         assert relay.Limits().ping_timeout * 1000 < milliseconds < 5 * 60_000
 
 
-@run_async
 async def test_the_kernel_knows_the_bounds_of_a_connection_before_the_first_can_come(monkeypatch):
     seen = []
     listens = socket.SOL_SOCKET, socket.SO_ACCEPTCONN
@@ -657,7 +700,6 @@ async def test_the_kernel_knows_the_bounds_of_a_connection_before_the_first_can_
         assert seen == [(sock, False) for sock in server.listener.sockets] != []
 
 
-@run_async
 async def test_compression_is_offered_in_vain():
     async with relay_with(A, compression='deflate') as (_, peer):
         assert 'Sec-WebSocket-Extensions' not in peer.websocket.response.headers
@@ -675,7 +717,6 @@ async def embedded_relay(tokens=None):
         yield server
 
 
-@run_async
 async def test_the_handler_serves_in_another_server():
     async with embedded_relay() as server, registered(server, A) as one:
         async with registered(server, B, generation='relay') as other:
@@ -686,7 +727,6 @@ async def test_the_handler_serves_in_another_server():
                 await exchange(one, new)
 
 
-@run_async
 async def test_the_handler_serves_on_a_unix_socket(tmp_path):
     server, path = RelayServer(), str(tmp_path / 'relay')
     async with websockets.asyncio.server.unix_serve(server.handler, path):
@@ -696,7 +736,6 @@ async def test_the_handler_serves_on_a_unix_socket(tmp_path):
 
 
 @pytest.mark.parametrize('expected, code', [(True, 1000), (False, 1001)])
-@run_async
 async def test_unregister_closes_the_connection(expected, code):
     async with embedded_relay() as server, registered(server, A) as peer:
         websocket = holder(server, A).websocket
@@ -706,7 +745,6 @@ async def test_unregister_closes_the_connection(expected, code):
         assert not server._uuid_to_client
 
 
-@run_async
 async def test_connect_forwards_a_message_that_came_without_a_text():
     async with embedded_relay() as server, registered(server, A), registered(server, B) as other:
         await server.connect(holder(server, A).websocket, MESSAGES[4])
@@ -716,7 +754,6 @@ async def test_connect_forwards_a_message_that_came_without_a_text():
 # ------------------------------------------------------------------------------- Log
 
 
-@run_async
 async def test_the_log_says_who_connected_and_disconnected_and_why(caplog):
     with logged(caplog, 'INFO') as lines:
         async with relay_with(A) as (_, peer):
@@ -731,7 +768,6 @@ async def test_the_log_says_who_connected_and_disconnected_and_why(caplog):
         ]
 
 
-@run_async
 async def test_repeated_refusals_are_counted_and_not_each_logged(caplog, monkeypatch):
     with logged(caplog) as lines:
         async with relay_with(A) as (_, peer):
@@ -748,7 +784,6 @@ NAMES += ['n' * 5000, 'x' * 60_000, '\U0001f600' * 5000]
 
 
 @pytest.mark.parametrize('name', NAMES, ids=range(len(NAMES)))
-@run_async
 async def test_text_of_a_client_is_shortened_when_stored_and_escaped_in_the_log(name, caplog):
     with logged(caplog) as lines:
         async with relay_with(A, name=name) as (server, peer):
@@ -765,7 +800,7 @@ async def test_text_of_a_client_is_shortened_when_stored_and_escaped_in_the_log(
         assert len(line) < 300 + 2 * len(relay.shown(name))
 
 
-@run_both_ways
+@both_ways
 async def test_clients_that_displace_each_other_are_one_warning_an_interval(caplog):
     with logged(caplog) as lines:
         async with running_relay() as server:
@@ -783,7 +818,6 @@ async def test_clients_that_displace_each_other_are_one_warning_an_interval(capl
     assert len(re.findall(form, log)) == 2
 
 
-@run_async
 async def test_session_descriptions_are_never_logged(caplog):
     with logged(caplog) as lines:
         async with relay_with(A) as (_, peer):
@@ -926,7 +960,6 @@ def test_the_file_can_be_started_by_its_name(options, result):
 
 
 @pytest.mark.parametrize('signals', ['SIGTERM', 'SIGINT', 'SIGTERM SIGTERM', 'SIGTERM SIGINT'])
-@run_async
 async def test_a_signal_closes_the_clients_and_stops_the_relay(signals):
     with running_program('--host', '127.0.0.1') as process:
         async with registered(process, A) as peer:
@@ -938,7 +971,6 @@ async def test_a_signal_closes_the_clients_and_stops_the_relay(signals):
     assert len(lines) == 5 and all(re.fullmatch(form, line.strip()) for line in lines)
 
 
-@run_async
 async def test_a_client_that_neither_reads_nor_closes_does_not_delay_the_stop():
     options = ['--host', '127.0.0.1', '--log-level', 'info']
     with running_program(*options, STOP_TIMEOUT=0.1) as process:
@@ -953,7 +985,6 @@ async def test_a_client_that_neither_reads_nor_closes_does_not_delay_the_stop():
 
 
 @pytest.mark.parametrize('secure', [False, True])
-@run_async
 async def test_a_connection_without_a_whole_request_does_not_delay_the_stop(secure, pem):
     assert relay.STOP_HANDSHAKE < 5
     options = ['--certfile', pem / 'both.pem'] if secure else []
@@ -1067,7 +1098,6 @@ def trusting(pem):
 
 
 @pytest.mark.parametrize('files', [['cert.pem', 'cert.key'], ['both.pem', None]], ids=str)
-@run_async
 async def test_messages_over_tls_are_forwarded_and_a_backlog_is_bounded(pem, files):
     tls = relay.tls_context(*(name and str(pem / name) for name in files))
     async with relay_with(A, B, tls=tls, ssl=trusting(pem)) as (_, one, other):
@@ -1129,7 +1159,6 @@ def within(server, userinfo='', query=''):
         ({}, '', 'any/path?x=1&token=a2%3Ax%23y', 'alice'),
     ],
 )
-@run_async
 async def test_a_token_identifies_the_user(tokens, options, userinfo, query, user):
     async with running_relay(tokens=tokens) as server:
         async with registered(within(server, userinfo, query), A, **options):
@@ -1150,7 +1179,6 @@ NOT_A_TOKEN = [
 
 
 @pytest.mark.parametrize('options, query', NOT_A_TOKEN, ids=range(17))
-@run_async
 async def test_without_a_valid_token_the_handshake_ends_with_401(tokens, options, query, caplog):
     with logged(caplog, 'INFO') as lines:
         async with running_relay(tokens=tokens) as server:
@@ -1165,7 +1193,6 @@ async def test_without_a_valid_token_the_handshake_ends_with_401(tokens, options
 
 
 @pytest.mark.parametrize('query, header', [(b'', b'\xff'), (b'?token=\xff', b'')])
-@run_async
 async def test_a_token_that_is_not_text_is_refused(query, header, tokens, caplog):
     async with running_relay(tokens=tokens) as server:
         token = b'Upgrade: websocket\r\nAuthorization: Bearer ' + header
@@ -1174,7 +1201,6 @@ async def test_a_token_that_is_not_text_is_refused(query, header, tokens, caplog
     assert not [record for record in caplog.records if record.levelname == 'ERROR']
 
 
-@run_async
 async def test_to_a_client_only_those_of_its_own_user_exist(tokens):
     async with running_relay(tokens=tokens) as server:
         async with (
@@ -1192,7 +1218,6 @@ async def test_to_a_client_only_those_of_its_own_user_exist(tokens):
             await exchange(one, one)
 
 
-@run_async
 async def test_the_handler_refuses_a_client_without_a_token(tokens):
     async with embedded_relay(tokens) as server:
         async with connected(server) as peer:
@@ -1201,7 +1226,7 @@ async def test_the_handler_refuses_a_client_without_a_token(tokens):
             assert holder(server, A, 'alice')
 
 
-@run_both_ways
+@both_ways
 async def test_a_revoked_token_closes_its_connections_though_the_user_has_another(tokens):
     async with (
         running_relay(tokens=tokens) as server,
@@ -1238,7 +1263,7 @@ def test_the_address_of_a_client_is_taken_only_from_a_local_proxy(address, lines
     assert relay.client_address(address, SimpleNamespace(headers=headers)) == expected
 
 
-@run_both_ways
+@both_ways
 async def test_the_address_that_a_proxy_adds_is_logged(caplog):
     headers = {'X-Forwarded-For': '10.0.0.1, 192.0.2.7'}
     with logged(caplog) as lines:
@@ -1282,7 +1307,6 @@ async def reloaded(process):
     return line
 
 
-@run_async
 async def test_a_reload_changes_tokens_and_closes_only_revoked_clients(tokens):
     with running_program('--token-file', tokens, '--rate', '0') as process:
         async with (
@@ -1304,7 +1328,6 @@ async def test_a_reload_changes_tokens_and_closes_only_revoked_clients(tokens):
                     await open_websocket(process.url, **bearer(gone))
 
 
-@run_async
 async def test_a_reload_changes_the_certificate_and_disconnects_no_client(pem, tmp_path):
     cert, key = shutil.copy(pem / 'cert.pem', tmp_path), shutil.copy(pem / 'cert.key', tmp_path)
     with running_program('--certfile', cert, '--keyfile', key, '--rate', '0') as process:
@@ -1321,7 +1344,6 @@ async def test_a_reload_changes_the_certificate_and_disconnects_no_client(pem, t
             await exchange(peer, peer)
 
 
-@run_async
 async def test_a_reload_without_files_disconnects_no_client():
     with running_program('--rate', '0') as process:
         async with registered(process, A) as peer:
@@ -1352,7 +1374,6 @@ async def http(server, request):
             await writer.wait_closed()
 
 
-@run_async
 async def test_one_client_too_many_is_closed_with_1013(caplog):
     with logged(caplog, 'INFO') as lines:
         async with running_relay(max_clients=2) as server, registered(server, A) as one:
@@ -1383,7 +1404,6 @@ def test_the_limit_of_open_files_limits_the_number_of_clients():
         ({}, '8181 00000000', b'\xff', 1007, 'malformed'),  # not UTF-8
     ],
 )
-@run_async
 async def test_a_wrong_frame_closes_its_connection_and_is_counted(
     limits, header, data, code, kind
 ):
@@ -1396,7 +1416,6 @@ async def test_a_wrong_frame_closes_its_connection_and_is_counted(
 
 
 @pytest.mark.parametrize('number, empty', [(1, 0), (2, 0), (4000, 20_000)])
-@run_async
 async def test_a_message_in_fragments_is_forwarded_whole(number, empty):
     async with running_relay() as server, registered(server, A) as peer:
         text = json.dumps(peer.offer(A, description='\u00e9' * 4000), ensure_ascii=False)
@@ -1406,7 +1425,6 @@ async def test_a_message_in_fragments_is_forwarded_whole(number, empty):
         assert await peer.websocket.recv() == text
 
 
-@run_async
 async def test_a_client_that_is_too_fast_waits_and_loses_nothing():
     async with running_relay(rate=500) as server, registered(server, A) as fast:
         async with registered(server, B) as peer, registered(server, C) as other:
@@ -1436,7 +1454,6 @@ def paced(server, monkeypatch, clock):
 
 
 @both_ways
-@run_async
 async def test_messages_after_a_burst_are_read_at_the_rate(monkeypatch):
     clock = [1000.0]
     async with running_relay(rate=100) as server:
@@ -1453,7 +1470,6 @@ async def test_messages_after_a_burst_are_read_at_the_rate(monkeypatch):
 
 
 @pytest.mark.parametrize('size, units', [(1, 1), (2**14, 1), (2**14 + 1, 2), (2**20, 64)])
-@run_async
 async def test_a_message_counts_against_the_rate_once_for_each_16_kib(size, units, monkeypatch):
     async with running_relay(rate=10) as server:
         waits = paced(server, monkeypatch, [1000.0])
@@ -1462,7 +1478,6 @@ async def test_a_message_counts_against_the_rate_once_for_each_16_kib(size, unit
     assert waits[1] - waits[0] == pytest.approx(units / 10)
 
 
-@run_async
 async def test_the_next_message_waits_for_its_time(monkeypatch):
     async with running_relay() as server, registered(server, A) as peer:
         monkeypatch.setattr(server, 'pace', lambda client, size: 60)
@@ -1474,7 +1489,6 @@ async def test_the_next_message_waits_for_its_time(monkeypatch):
         await server.unregister(holder(server, A).websocket, expected=True)
 
 
-@run_async
 async def test_a_client_that_does_not_register_in_time_is_closed_with_1008(monkeypatch):
     monkeypatch.setattr(relay, 'REGISTER_TIMEOUT', 0.05)
     async with running_relay() as server, registered(server, A) as one:
@@ -1485,7 +1499,6 @@ async def test_a_client_that_does_not_register_in_time_is_closed_with_1008(monke
         await exchange(one, one)
 
 
-@run_async
 async def test_a_client_that_answers_no_ping_is_closed_and_one_that_does_is_not():
     limits = {'ping_interval': 0.05, 'ping_timeout': 0.1, 'close_timeout': 0.1}
     async with running_relay(**limits) as server, registered(server, A) as one:
@@ -1504,7 +1517,6 @@ async def test_a_client_that_answers_no_ping_is_closed_and_one_that_does_is_not(
     [('/', 426, relay.WELCOME), ('/healthz', 200, 'ok\n')],
     ids=['page', 'health'],
 )
-@run_async
 async def test_a_plain_request_is_answered(path, status, text, tokens, with_tokens):
     async with running_relay(tokens=tokens if with_tokens else None) as server:
         request = f'GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n'
@@ -1517,7 +1529,6 @@ OURS = 'https://ours.example'
 
 
 @pytest.mark.parametrize('query, origin', [('', None), ('', OURS), ('some/where?x=y', None)])
-@run_async
 async def test_any_path_and_an_allowed_origin_open_a_websocket(query, origin):
     async with running_relay(origins=[OURS, None]) as server:
         async with registered(within(server, query=query), A, origin=origin):
@@ -1531,7 +1542,6 @@ async def test_any_path_and_an_allowed_origin_open_a_websocket(query, origin):
         ({}, 401, 'no valid token'),
     ],
 )
-@run_async
 async def test_a_refused_handshake_is_counted(tokens, options, status, reason, caplog):
     async with running_relay(tokens=None if options else tokens, origins=[OURS, None]) as server:
         with moves(server, refused('unauthorized')), pytest.raises(InvalidStatus) as caught:
@@ -1595,7 +1605,6 @@ def refused(kind):
     return f'relay_refusals_total{{reason="{kind}"}}'
 
 
-@run_async
 async def test_the_health_of_a_stopping_relay_is_503():
     with running_program('--host', '127.0.0.1') as process:
         reader, writer = await asyncio.open_connection('127.0.0.1', process.ports[0])
@@ -1608,7 +1617,6 @@ async def test_the_health_of_a_stopping_relay_is_503():
         assert answer.startswith(b'HTTP/1.1 503 ') and answer.endswith(b'\r\n\r\nstopping\n')
 
 
-@run_async
 async def test_metrics_are_served_on_this_machine_only(tmp_path):
     async with upgradable(tmp_path, host='0.0.0.0') as program:
         address = f'127.0.0.1:{program.metrics_port}'
@@ -1655,7 +1663,6 @@ def test_promtool_accepts_the_metrics_and_the_configuration_in_the_readme():
         assert done.returncode == 0 and not done.stderr, done
 
 
-@run_async
 async def test_clients_are_counted_by_their_generation():
     def count():
         values = samples(server)
@@ -1669,7 +1676,6 @@ async def test_clients_are_counted_by_their_generation():
         assert count() == [2, 1, 0]
 
 
-@run_async
 async def test_registrations_and_messages_are_counted():
     async with running_relay() as server, registered(server, A) as old:
         text = json.dumps(old.offer(A, description='\u00e9' * 100), ensure_ascii=False)
@@ -1693,14 +1699,12 @@ async def test_registrations_and_messages_are_counted():
         ('malformed', lambda peer: peer.response()),
     ],
 )
-@run_async
 async def test_refused_messages_are_counted_by_reason(kind, message):
     async with running_relay() as server, registered(server, A) as peer:
         with moves(server, refused(kind)):
             await peer.ask(message(peer))
 
 
-@run_async
 async def test_a_message_for_a_full_backlog_is_counted():
     async with running_relay() as server, registered(server, A) as one:
         async with registered(server, B) as peer:
@@ -1710,7 +1714,6 @@ async def test_a_message_for_a_full_backlog_is_counted():
             peer.websocket.transport.abort()
 
 
-@run_async
 async def test_messages_that_wait_for_the_rate_are_counted():
     async with running_relay(rate=100) as server, registered(server, A) as peer:
         with moves(server, refused('rate_paced'), 0):
@@ -1755,7 +1758,6 @@ def test_the_expiry_of_the_certificate_is_a_metric(year, pem, tmp_path):
     assert samples(server)[EXPIRY] == expiry
 
 
-@run_async
 async def test_the_expiry_of_the_certificate_is_known_from_the_start_and_after_a_reload(
     pem, tmp_path
 ):
@@ -1833,7 +1835,6 @@ def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
     'seconds, span',
     [(0, '0:00:00'), (119, '0:01:59'), (41 * 86400 + 7200, '41 days, 2:00:00')],
 )
-@run_async
 async def test_the_status_is_a_line_for_people(seconds, span, monkeypatch):
     told = []
     monkeypatch.setattr(relay, 'notify', lambda *states: told.extend(states))
@@ -1850,7 +1851,6 @@ def test_lines_for_the_journal_have_a_level_and_no_time():
 
 
 @pytest.mark.parametrize('stream, form', [(None, '<4>No --tok'), ('7:7', '[')])
-@run_async
 async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
     stream, form, tmp_path, monkeypatch
 ):
@@ -2597,7 +2597,6 @@ def returned(text):
 REFUSAL = encode(ServerResponse(False, 'a\n\x1b[1mb', True))
 
 
-@run_async
 async def test_check_connects_two_clients(tokens):
     async with running_relay(tokens=tokens) as server:
         place = server.url[5:]
@@ -2607,7 +2606,6 @@ async def test_check_connects_two_clients(tokens):
         await until(lambda: not server._uuid_to_client)
 
 
-@run_async
 async def test_check_ignores_a_proxy_of_the_environment(monkeypatch):
     for name in ('http_proxy', 'https_proxy', 'all_proxy'):
         monkeypatch.setenv(name, 'http://127.0.0.1:1')
@@ -2616,14 +2614,12 @@ async def test_check_ignores_a_proxy_of_the_environment(monkeypatch):
         assert (await check_line(server.url)).startswith('ok: ')
 
 
-@run_async
 async def test_check_says_how_long_the_certificate_is_valid(pem, tls, monkeypatch):
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
     async with running_relay(tls) as server:
         assert (await check_line(server.url)).endswith(' ms (certificate valid for 2 more days)')
 
 
-@run_async
 async def test_check_works_with_a_relay_of_proxystore_0_6_and_later():
     async with newer_relay() as url:
         assert (await check_line(url)).startswith('ok: ')
@@ -2647,7 +2643,6 @@ async def test_check_works_with_a_relay_of_proxystore_0_6_and_later():
         (lambda count: running_relay(max_clients=count), 1, 'closed: received 1013 '),
     ],
 )
-@run_async
 async def test_check_says_what_failed_and_where_to_look(server, argument, reason, monkeypatch):
     monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.5)
     async with server(argument) as started:
@@ -2674,14 +2669,12 @@ NO_ADDRESS = '--check: not an address such as wss://'
         ('', NO_ADDRESS),
     ],
 )
-@run_async
 async def test_check_that_cannot_connect_shows_no_token(url, reason):
     line = await check_line(url)
     assert line.startswith(reason)
     assert not re.search('secret|ret@|@ret|sec$', line, re.M), line
 
 
-@run_async
 async def test_check_says_what_is_wrong_with_tls(tls):
     hint = '; check the address, ws:// or wss://, and that the relay is running'
     async with running_relay(tls) as secure, running_relay() as plain:
@@ -2690,7 +2683,6 @@ async def test_check_says_what_is_wrong_with_tls(tls):
         assert (await check_line(plain.url.replace('ws:', 'wss:'))).endswith(hint)
 
 
-@run_async
 async def test_check_says_that_two_relays_need_nats():
     hint = 'is unknown; see the log of the relay or, if there are several, check their --nats'
     async with running_relay() as one, running_relay() as other:
@@ -2987,7 +2979,6 @@ WELL_FORMED = {
 }
 
 
-@run_async
 async def test_a_request_may_come_in_pieces():
     async with running_relay() as server:
         for cut in range(1, len(HANDSHAKE)):
@@ -2999,7 +2990,6 @@ async def test_a_request_may_come_in_pieces():
 
 
 @pytest.mark.parametrize('data, answers', WELL_FORMED.values(), ids=WELL_FORMED)
-@run_async
 async def test_a_frame_may_come_in_pieces(data, answers):
     async with running_relay() as server, wired(server) as wire:
         for cut in cuts(data):
@@ -3014,7 +3004,6 @@ async def test_a_frame_may_come_in_pieces(data, answers):
         assert await wire.frame() == (PONG, b'still here')
 
 
-@run_async
 async def test_many_frames_may_come_at_once():
     async with running_relay() as server, wired(server) as wire:
         data, answers = zip(*WELL_FORMED.values())
@@ -3038,7 +3027,6 @@ CLOSES = {
 
 
 @pytest.mark.parametrize('data', CLOSES.values(), ids=CLOSES)
-@run_async
 async def test_a_close_is_echoed_wherever_it_is_cut(data):
     async with relay_with_peer() as (server, _):
         frame = frame_of(CLOSE, data)
@@ -3091,7 +3079,6 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('data, code', BROKEN.values(), ids=BROKEN)
-@run_async
 async def test_a_protocol_error_closes_with_its_code_and_the_rest_is_ignored(data, code):
     async with relay_with_wire() as (_, peer, wire):
         more = said(wire.peer.offer(A))
@@ -3106,7 +3093,6 @@ async def test_a_protocol_error_closes_with_its_code_and_the_rest_is_ignored(dat
         assert await peer.hear() == wire.peer.offer(A)
 
 
-@run_async
 async def test_after_its_close_nothing_that_a_client_says_does_anything():
     async with relay_with_wire() as (_, _, wire):
         more = said(wire.peer.offer(A)) + frame_of(PING) + b'\xff\xff'
@@ -3115,7 +3101,6 @@ async def test_after_its_close_nothing_that_a_client_says_does_anything():
         assert await wire.end() == ([], 1000)
 
 
-@run_async
 async def test_after_the_close_of_the_relay_nothing_that_a_client_says_does_anything():
     async with relay_with_wire() as (server, _, wire):
         await server.unregister(wire.link, expected=True)
@@ -3132,7 +3117,6 @@ async def test_after_the_close_of_the_relay_nothing_that_a_client_says_does_anyt
 @pytest.mark.parametrize(
     'security, notify', [('ws', False), ('wss', False), ('wss', True)], indirect=['security']
 )
-@run_async
 async def test_messages_before_a_close_or_an_end_are_forwarded(rate, close, security, notify):
     async with relay_with_wire(security, rate=rate) as (_, peer, wire):
         offers = [wire.peer.offer(A, description=f'{n:0500}') for n in range(200)]
@@ -3144,7 +3128,6 @@ async def test_messages_before_a_close_or_an_end_are_forwarded(rate, close, secu
 
 
 @pytest.mark.parametrize('cut', [0, 1, 2**19])
-@run_async
 async def test_a_message_may_have_as_many_bytes_as_the_limit(cut):
     async with relay_with_wire() as (_, _, wire):
         text = json.dumps(wire.peer.offer(wire.peer.uuid)).encode().ljust(2**20)
@@ -3162,7 +3145,6 @@ EARLY = {
 
 
 @pytest.mark.parametrize('early, answer', EARLY.values(), ids=EARLY)
-@run_async
 async def test_frames_sent_with_a_request_are_handled_after_it(early, answer, no_error):
     async with relay_with_peer() as (server, _):
         async with wired(server, opened=False) as wire:
@@ -3173,7 +3155,6 @@ async def test_frames_sent_with_a_request_are_handled_after_it(early, answer, no
 
 
 @pytest.mark.parametrize('cut', range(-5, 0))
-@run_async
 async def test_a_blank_line_in_a_frame_does_not_end_a_request(cut, no_error):
     blank = frame_of(PING, bytes(a ^ b for a, b in zip(b'\r\n\r\n', KEY)))
     plain = HANDSHAKE.replace(b'Upgrade: websocket\r\n', b'')
@@ -3192,7 +3173,6 @@ async def test_a_blank_line_in_a_frame_does_not_end_a_request(cut, no_error):
 
 
 @pytest.mark.parametrize('size', [2**13, 2**17, 2**23])
-@run_async
 async def test_a_request_too_long_is_refused_and_ended(size, no_error):
     async with relay_with_peer(close_timeout=0.1) as (server, peer):
         async with wired(server, opened=False) as wire:
@@ -3203,7 +3183,6 @@ async def test_a_request_too_long_is_refused_and_ended(size, no_error):
                 assert b'HTTP/1.1 101' not in await wire.reader.read()
 
 
-@run_async
 async def test_a_header_that_never_ends_is_answered_with_431():
     async with relay_with_peer() as (server, peer), wired(server, opened=False) as wire:
         wire.send(HANDSHAKE[:-2], *[b'X: ' + b'x' * 2**12 + b'\r\n'] * 17)
@@ -3322,7 +3301,6 @@ async def end(wire, steps):
 
 
 @pytest.mark.parametrize('security, steps', ALL_ENDINGS, indirect=['security'])
-@run_async
 async def test_every_kind_of_ending_closes_the_connection_in_time(security, steps, no_error):
     async with relay_with_wire(security, narrow=True, **SOON) as (server, peer, wire):
         await end(wire, steps)
@@ -3330,7 +3308,6 @@ async def test_every_kind_of_ending_closes_the_connection_in_time(security, step
 
 
 @pytest.mark.parametrize('name', ['close', 'protocol error', 'closed by the relay'])
-@run_async
 async def test_a_client_has_close_timeout_to_close(name):
     async with relay_with_wire(close_timeout=0.1) as (server, peer, wire):
         began = time.monotonic()
@@ -3354,7 +3331,6 @@ TLS_STARTS = [HELLO[:0], HELLO[:3], HELLO[:99], HELLO, bytes(9), PLAIN]
 
 
 @pytest.mark.parametrize('leave', [Wire.reset, Wire.finish, Wire.stall])
-@run_async
 async def test_handshakes_that_are_given_up_leave_nothing(security, leave, no_error):
     async with contextlib.AsyncExitStack() as stack:
         server, peer = await stack.enter_async_context(relay_with_peer(security, **SOON))
@@ -3385,7 +3361,6 @@ def kept(*kinds):
     return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
 
 
-@run_async
 async def test_closed_connections_leave_no_garbage(security, monkeypatch, no_collection):
     # What pytest keeps of the log would hold them.
     monkeypatch.setattr(relay.logger, 'disabled', True)
@@ -3410,7 +3385,6 @@ async def test_closed_connections_leave_no_garbage(security, monkeypatch, no_col
     await until(lambda: len(os.listdir('/proc/self/fd')) <= before)
 
 
-@run_async
 async def test_clients_that_are_lost_leave_no_timer(monkeypatch, no_collection):
     def timers():
         return [timer for timer in kept(asyncio.TimerHandle) if not timer.cancelled()]
@@ -3439,7 +3413,6 @@ async def exchange_with_oneself(peer):
         pass
 
 
-@run_async
 async def test_a_peer_that_reads_a_byte_at_a_time_does_not_hurt_others():
     async with relay_with_wire(narrow=True) as (server, one, slow):
         async with registered(server, B) as other:
@@ -3463,7 +3436,6 @@ FLOODS = {
 
 
 @pytest.mark.parametrize('data, count', FLOODS.values(), ids=FLOODS)
-@run_async
 async def test_a_client_that_does_not_read_is_not_read(data, count, security, monkeypatch):
     monkeypatch.setattr(relay, 'MAX_BACKLOG', 2**18)
     async with relay_with_wire(security, narrow=True) as (_, peer, wire):
@@ -3483,7 +3455,6 @@ async def test_a_client_that_does_not_read_is_not_read(data, count, security, mo
         assert rest.count(first) == count - 1
 
 
-@run_async
 async def test_a_client_that_makes_tls_answer_again_and_again_is_disconnected(tls, pem):
     async with relay_with_wire((tls, trusting(pem))) as (server, peer, wire):
         session = wire.link.tls
@@ -3495,7 +3466,6 @@ async def test_a_client_that_makes_tls_answer_again_and_again_is_disconnected(tl
         await alone(server, peer)
 
 
-@run_async
 async def test_a_client_that_is_held_for_its_rate_is_not_given_up():
     async with running_relay(rate=20, ping_interval=0.02, ping_timeout=0.02) as server:
         async with wired(server) as wire:
@@ -3507,7 +3477,6 @@ async def test_a_client_that_is_held_for_its_rate_is_not_given_up():
             assert (await wire.end())[1] == 1000
 
 
-@run_async
 async def test_a_paused_client_can_answer_a_close():
     async with relay_with_wire() as (server, peer, wire):
         await end(wire, [paused(60), said('x') * 9])
@@ -3519,7 +3488,6 @@ async def test_a_paused_client_can_answer_a_close():
         await alone(server, peer)
 
 
-@run_async
 async def test_timers_of_a_client_that_is_lost_do_nothing():
     async with relay_with_wire() as (_, _, wire):
         link = wire.link
@@ -3530,7 +3498,6 @@ async def test_timers_of_a_client_that_is_lost_do_nothing():
         link.resume(relay.RATE_LIMIT)
 
 
-@run_async
 async def test_messages_before_an_end_are_forwarded_even_if_no_answer_can_be_sent():
     async with relay_with_wire() as (_, peer, wire):
         offers = [wire.peer.offer(A, description=str(n)) for n in range(10)]
@@ -3541,7 +3508,6 @@ async def test_messages_before_an_end_are_forwarded_even_if_no_answer_can_be_sen
         assert [await peer.hear() for _ in offers] == offers
 
 
-@run_async
 async def test_other_clients_have_their_turn_while_long_messages_are_decoded():
     text = zeros(relay.LONG_MESSAGE + 2**14)
     async with relay_with_peer() as (server, one), registered(server, B) as other:
@@ -3558,7 +3524,6 @@ async def test_other_clients_have_their_turn_while_long_messages_are_decoded():
                 assert 'message_type' in (await wire.hear())['message']
 
 
-@run_async
 async def test_between_two_long_messages_others_have_as_long_as_the_first_took(monkeypatch):
     def decode(text):
         began = time.monotonic()
@@ -3579,7 +3544,6 @@ async def test_between_two_long_messages_others_have_as_long_as_the_first_took(m
         assert next_began - ended > 0.9 * (ended - began)
 
 
-@run_async
 async def test_a_client_with_many_messages_has_a_limited_part_of_each_turn():
     async with running_relay() as server, wired(server) as wire:
         await wire.register()
@@ -3592,7 +3556,6 @@ async def test_a_client_with_many_messages_has_a_limited_part_of_each_turn():
         assert most <= relay.SLICE // relay.SLICE_MINIMUM + 1
 
 
-@run_async
 async def test_pings_and_pongs_count_against_the_rate(monkeypatch):
     monkeypatch.setattr(relay, 'BURST', 0)
     async with running_relay(rate=1000) as server, wired(server) as wire:
@@ -3602,7 +3565,6 @@ async def test_pings_and_pongs_count_against_the_rate(monkeypatch):
         assert server.refusal_counts['rate_paced'] == 41
 
 
-@run_async
 async def test_a_tls_handshake_of_single_bytes_has_no_more_time_than_another(tls, no_error):
     async with running_relay(tls, open_timeout=0.05) as server:
         async with wired(server, opened=False) as wire:
@@ -3614,7 +3576,6 @@ async def test_a_tls_handshake_of_single_bytes_has_no_more_time_than_another(tls
                 await until(lambda h=heard: link.last_heard > h or link.finished)
 
 
-@run_async
 async def test_tls_is_not_negotiated_again(tls, pem):
     async with running_relay(tls) as server, registered(server, A, ssl=trusting(pem)) as peer:
         command = ['openssl', 's_client', '-tls1_2', '-connect', f'127.0.0.1:{port_of(server)}']
@@ -3625,7 +3586,6 @@ async def test_tls_is_not_negotiated_again(tls, pem):
 
 
 @pytest.mark.parametrize('order', [[A, B], [B, A]], ids=['first', 'last'])
-@run_async
 async def test_an_internal_error_with_one_peer_does_not_affect_another(order, caplog):
     def fail():
         link.unflushed_bytes = 0
@@ -3644,7 +3604,6 @@ async def test_an_internal_error_with_one_peer_does_not_affect_another(order, ca
     assert [r.exc_info[1].args for r in caplog.records if r.exc_info] == [('a defect',)]
 
 
-@run_async
 async def test_an_internal_error_does_not_end_the_sweep(caplog):
     def fail(now):
         del link.keep_alive
@@ -3659,7 +3618,6 @@ async def test_an_internal_error_does_not_end_the_sweep(caplog):
 
 
 @pytest.mark.parametrize('size', [0, 2**15])
-@run_async
 async def test_a_client_that_has_not_registered_may_send_64_kib(size):
     async with running_relay() as server, wired(server) as wire:
         # No more than 'a long text' has, which is answered.
@@ -3668,7 +3626,6 @@ async def test_a_client_that_has_not_registered_may_send_64_kib(size):
         assert await wire.end() == ([], 1009)
 
 
-@run_async
 async def test_out_of_memory_the_client_that_holds_the_most_is_closed(monkeypatch):
     monkeypatch.setattr(relay, 'MAX_BUFFERED', 2**18)
     async with relay_with_wire() as (server, peer, innocent):
@@ -3686,7 +3643,6 @@ async def test_out_of_memory_the_client_that_holds_the_most_is_closed(monkeypatc
         await until(lambda: server.listener.buffered_bytes == 0)
 
 
-@run_async
 async def test_out_of_memory_a_client_that_does_not_read_is_dropped(monkeypatch):
     monkeypatch.setattr(relay, 'MAX_BUFFERED', 2**18)
     async with relay_with_wire(narrow=True) as (server, sender, wire):
@@ -3699,7 +3655,6 @@ async def test_out_of_memory_a_client_that_does_not_read_is_dropped(monkeypatch)
         assert server.listener.buffered_bytes == 0
 
 
-@run_async
 async def test_a_client_may_be_dropped_for_the_answer_to_its_own_message(monkeypatch, no_error):
     async with relay_with_wire(narrow=True) as (server, peer, wire):
         await leaves_unread(wire)
@@ -3714,7 +3669,6 @@ async def test_a_client_may_be_dropped_for_the_answer_to_its_own_message(monkeyp
     [said('x' * 99)[:50], frame_of(TEXT, b'{', 0), frame_of(TEXT, b'', 0)],
     ids=['half a frame', 'a fragment', 'an empty fragment'],
 )
-@run_async
 async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data, monkeypatch):
     monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.1)
     monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
@@ -3726,7 +3680,6 @@ async def test_a_message_that_is_not_completed_in_time_is_closed_with_1008(data,
         assert server.refusal_counts['incomplete'] == 1
 
 
-@run_async
 async def test_a_client_whose_message_came_in_two_parts_may_be_idle_afterwards(monkeypatch):
     monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.1)
     monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
@@ -3742,7 +3695,6 @@ async def test_a_client_whose_message_came_in_two_parts_may_be_idle_afterwards(m
         assert (await wire.hear())['error']
 
 
-@run_async
 async def test_pings_between_fragments_do_not_prolong_the_time_for_a_message(monkeypatch):
     monkeypatch.setattr(relay, 'MESSAGE_TIMEOUT', 0.2)
     monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
@@ -3756,7 +3708,6 @@ async def test_pings_between_fragments_do_not_prolong_the_time_for_a_message(mon
 
 
 @pytest.mark.parametrize('reason', [relay.RATE_LIMIT, relay.TURN])
-@run_async
 async def test_a_message_that_waits_for_the_relay_does_not_time_out(reason, monkeypatch):
     monkeypatch.setattr(relay, 'SWEEP_INTERVAL', 0.02)
     async with running_relay() as server, wired(server) as wire, wired(server) as late:
@@ -3776,7 +3727,6 @@ async def test_a_message_that_waits_for_the_relay_does_not_time_out(reason, monk
         assert link.is_open and link.paused_for == {reason}
 
 
-@run_async
 async def test_the_oldest_of_too_many_handshakes_is_dropped(monkeypatch):
     monkeypatch.setattr(relay, 'MAX_HANDSHAKES', 2)
     async with relay_with_peer() as (server, _), wired(server, opened=False) as oldest:
@@ -3819,7 +3769,6 @@ PROBES = {
 
 
 @pytest.mark.parametrize('data', REQUESTS.values(), ids=REQUESTS)
-@run_async
 async def test_a_request_that_is_not_a_handshake_is_answered(data):
     async with running_relay() as server:
         head, _, body = (await http(server, data)).partition(b'\r\n\r\n')
@@ -3828,7 +3777,6 @@ async def test_a_request_that_is_not_a_handshake_is_answered(data):
 
 
 @pytest.mark.parametrize('probe', PROBES.values(), ids=PROBES)
-@run_async
 async def test_a_scanner_leaves_no_more_than_a_debug_line(probe, caplog, monkeypatch):
     monkeypatch.setattr(logging, 'raiseExceptions', True)
     monkeypatch.setattr(logging, 'basicConfig', lambda **_: None)
@@ -3843,7 +3791,6 @@ async def test_a_scanner_leaves_no_more_than_a_debug_line(probe, caplog, monkeyp
     assert len(caplog.text) < 2000
 
 
-@run_async
 async def test_plain_text_on_a_tls_port_and_tls_on_a_plain_port_are_refused_quickly(tls, no_error):
     for context, data in ((tls, PLAIN), (None, HELLO)):
         async with running_relay(context) as server:
@@ -3851,7 +3798,6 @@ async def test_plain_text_on_a_tls_port_and_tls_on_a_plain_port_are_refused_quic
 
 
 @pytest.mark.parametrize('version', ['TLSv1_1', 'TLSv1_2', 'TLSv1_3'])
-@run_async
 async def test_tls_is_spoken_from_1_2_on(version, tls, pem):
     trust = trusting(pem)
     for context in (tls, trust):
@@ -3866,7 +3812,6 @@ async def test_tls_is_spoken_from_1_2_on(version, tls, pem):
                 await exchange(peer, peer)
 
 
-@run_async
 async def test_a_peer_lost_while_it_is_written_to_affects_no_other(security, no_error):
     async with relay_with_peer(security) as (server, peer):
         for _ in range(20):
@@ -3880,7 +3825,6 @@ async def test_a_peer_lost_while_it_is_written_to_affects_no_other(security, no_
                     await exchange_with_oneself(peer)
 
 
-@run_async
 async def test_refused_unregistered_clients_share_a_log_line(caplog):
     with logged(caplog) as lines:
         async with running_relay() as server:
@@ -3890,7 +3834,6 @@ async def test_refused_unregistered_clients_share_a_log_line(caplog):
     assert len([line for line in lines() if 'Refused' in line]) == 1
 
 
-@run_async
 async def test_mutated_messages_cost_others_nothing(caplog, no_error):
     chance, letters = random.Random(2), '{}[]",:\\ue09-.\0\x85'
 
@@ -3935,7 +3878,6 @@ def program_with_files(number, *options):
             yield process
 
 
-@run_async
 async def test_silent_connections_give_way_when_there_are_no_file_descriptors_left():
     with program_with_files(40, '--max-clients', '99') as process:
         async with registered(process, A) as one, registered(process, B) as other:
@@ -3952,7 +3894,6 @@ async def test_silent_connections_give_way_when_there_are_no_file_descriptors_le
                     writer.close()
 
 
-@run_async
 async def test_a_reload_works_while_silent_connections_use_up_the_file_descriptors(tokens):
     with program_with_files(128, '--token-file', tokens) as process:
         async with registered(process, A, **bearer('b1')) as peer:
@@ -3970,7 +3911,6 @@ async def test_a_reload_works_while_silent_connections_use_up_the_file_descripto
                     await exchange(other, other)
 
 
-@run_async
 async def test_a_client_over_tls_takes_little_memory(pem):
     with running_program('--host', '127.0.0.1', '--certfile', pem / 'both.pem') as process:
         status, memory = Path(f'/proc/{process.pid}/status'), []
@@ -5762,7 +5702,6 @@ def test_the_benchmark_measures_a_relay():
     assert found.keys() >= {'cpu_us_per_message', 'kib_per_client'}
 
 
-@run_async
 async def test_the_benchmark_prints_a_table_and_uses_a_token_and_tls(pem, tokens, monkeypatch):
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
     options = '--certfile', str(pem / 'both.pem'), '--token-file', tokens
@@ -5774,14 +5713,12 @@ async def test_the_benchmark_prints_a_table_and_uses_a_token_and_tls(pem, tokens
     assert re.search(r'^messages per second +[1-9]\d*$', text, re.M) and 'cpu' not in text
 
 
-@run_async
 async def test_the_benchmark_knows_the_relay_of_the_later_generation():
     async with newer_relay() as url:
         status, text, errors = await measured(url, '--json')
     assert (status, errors, json.loads(text)['generation']) == (0, '', 'relay')
 
 
-@run_async
 async def test_the_benchmark_counts_messages_that_change_on_the_way():
     def changed(text):
         return text.replace('xxx', 'xyx') if next(numbers) % 5 == 0 else text
@@ -5815,7 +5752,6 @@ def test_a_benchmark_that_ends_early_is_one_line(end, line):
     assert errors.startswith(f'test_relay.py: {line}')
 
 
-@run_async
 async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
     def admit(client, request):
         RelayServer._admit(server, client, request)
@@ -5837,5 +5773,6 @@ def test_a_benchmark_that_cannot_begin_is_one_line():
         assert '--pid 999999999: No such file' in fails_with(process.url, '--pid', '999999999')
 
 
+run_coroutines(globals())
 if __name__ == '__main__':
     raise SystemExit(main())
