@@ -449,8 +449,7 @@ def client_address(address: Any, request: Request) -> str:
     forwarded = request.headers.get_all('X-Forwarded-For')
     with contextlib.suppress(ValueError, TypeError, IndexError):
         if forwarded and ipaddress.ip_address(address[0]).is_loopback:
-            # The entry that the proxy itself added, without an IPv6 zone.
-            last = forwarded[-1].rpartition(',')[2].partition('%')[0]
+            last = forwarded[-1].rpartition(',')[2].partition('%')[0]  # the proxy's own, no zone
             return str(ipaddress.ip_address(last.strip()))
     return address_of(address)
 
@@ -2164,9 +2163,10 @@ class Backplane:
 
     async def _disconnect(self) -> None:
         """Close the connection, and cancel all tasks that use it."""
-        # nats-py 2.16: its flusher may fail; close() may last long, and leave tasks running.
-        flusher = getattr(self.nats, '_flusher_task', None) or asyncio.sleep(0)
-        closing: Any = asyncio.gather(self.nats.close(), flusher, return_exceptions=True)
+        # nats-py 2.16: its tasks may fail; close() may last long, and leave tasks running.
+        tasks = [getattr(self.nats, f'_{name}_task', None) for name in ('flusher', 'reading')]
+        works = [self.nats.close(), *(task for task in tasks if task is not None)]
+        closing: Any = asyncio.gather(*works, return_exceptions=True)
         try:
             await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
         finally:  # also if it is cancelled
@@ -2237,8 +2237,7 @@ class Backplane:
         """Subscribe and claim clients in batches, and unsubscribe those that have left."""
         if not self.connected:
             return
-        # Of this connection: the next one has others.
-        nats, subscriptions, batch = self.nats, self.subscriptions, []
+        nats, subscriptions, batch = self.nats, self.subscriptions, []  # of this connection
         self.changed.update(clients)
         async with self.updating:
             while self.changed:
