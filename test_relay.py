@@ -3933,11 +3933,8 @@ except ImportError:
     NO_NATS = NO_NATS or 'nats-py is not installed'
 needs_nats = pytest.mark.skipif(bool(NO_NATS), reason=NO_NATS)
 DISCONNECTED = 'the relays are disconnected.'
+LOST = '; clients of other relays cannot be reached'
 HOUR = 3600 * 10**9  # ns
-
-
-def over_nats(test):
-    return needs_nats(run_within(20)(test))
 
 
 @contextlib.contextmanager
@@ -4036,43 +4033,50 @@ class Link:
         writer.transport.abort()
 
 
-@contextlib.contextmanager
-def running_nats(*lines, routes=(), started=True):
+def run_nats(stack, *lines, routes=(), started=True):
     """Run a NATS server with lines in its configuration and routes to others of its cluster."""
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        server = Process(folder, NATS_SERVER, '-c', Path(folder, 'nats.conf'))
-        ports = [stack.enter_context(port_to_come()) for _ in range(3)]
-        server.port, server.cluster, server.monitoring = ports
-        server.url = f'nats://127.0.0.1:{server.port}'
-        routes = [f'nats://127.0.0.1:{port}' for port in routes]
-        cluster = {'name': 'c', 'port': server.cluster, 'no_advertise': True, 'routes': routes}
-        lines += f'port: {server.port}', f'http_port: {server.monitoring}', 'host: 127.0.0.1'
-        lines += (f'cluster: {json.dumps({"host": "127.0.0.1", **cluster})}',)
-        Path(folder, 'nats.conf').write_text('\n'.join(lines))
-        stack.callback(server.kill)
-        if started:
-            server.recover()
-            while not server.count('Server is ready'):
-                time.sleep(0.001)
-        yield server
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    server = Process(folder, NATS_SERVER, '-c', Path(folder, 'nats.conf'))
+    ports = [stack.enter_context(port_to_come()) for _ in range(3)]
+    server.port, server.cluster, server.monitoring = ports
+    server.url = f'nats://127.0.0.1:{server.port}'
+    routes = [f'nats://127.0.0.1:{port}' for port in routes]
+    cluster = {'name': 'c', 'port': server.cluster, 'no_advertise': True, 'routes': routes}
+    lines += f'port: {server.port}', f'http_port: {server.monitoring}', 'host: 127.0.0.1'
+    lines += (f'cluster: {json.dumps({"host": "127.0.0.1", **cluster})}',)
+    Path(folder, 'nats.conf').write_text('\n'.join(lines))
+    stack.callback(server.kill)
+    if started:
+        server.recover()
+        while not server.count('Server is ready'):
+            time.sleep(0.001)
+    return server
 
 
-@contextlib.contextmanager
-def running_cluster(count):
+def run_cluster(nats_server, count):
+    """Run NATS servers that know each other."""
+    servers = []
+    for _ in range(count):
+        servers.append(nats_server(routes=[server.cluster for server in servers]))
+    return servers
+
+
+@pytest.fixture
+def nats_server():
+    """Return a function that runs a NATS server, or skip the test."""
+    if NO_NATS:
+        pytest.skip(NO_NATS)
     with contextlib.ExitStack() as stack:
-        servers = []
-        for _ in range(count):
-            routes = [server.cluster for server in servers]
-            servers.append(stack.enter_context(running_nats(routes=routes)))
-        yield servers
+        yield functools.partial(run_nats, stack)
 
 
 @pytest.fixture(scope='module')
 def bus():
     """Return the URL of a NATS server that nobody disturbs."""
-    with running_nats() as server:
-        yield server.url
+    if NO_NATS:
+        pytest.skip(NO_NATS)
+    with contextlib.ExitStack() as stack:
+        yield run_nats(stack).url
 
 
 @pytest.fixture
@@ -4130,26 +4134,21 @@ async def two_relays(*urls, **options):
 
 
 @contextlib.asynccontextmanager
-async def two_clients(url, other_url=None):
+async def two_clients(url, other_url=None, **options):
     """Serve two relays, with A registered at one and B at the other."""
-    async with joined_relay(url) as one, joined_relay(other_url or url) as other:
+    at_one, at_other = (joined_relay(x, **options) for x in (url, other_url or url))
+    async with at_one as one, at_other as other:
         async with registered(one, A) as a, registered(other, B, generation='relay') as b:
             yield one, other, a, b
 
 
 @contextlib.asynccontextmanager
-async def client_of_a_process(url):
+async def client_of_a_process(url, **options):
     """Serve a relay here, with A, and another one as a process, with B."""
-    async with relay_process(url) as process, joined_relay(url) as one:
+    async with relay_process(url) as process, joined_relay(url, **options) as one:
         async with registered(one, A) as a, registered(process, B) as b:
             await until_connected(a, b)
             yield process, one, a, b
-
-
-@contextlib.asynccontextmanager
-async def all_registered(server, uuids):
-    async with contextlib.AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(registered(server, uuid)) for uuid in uuids]
 
 
 async def say_all(sender, offers):
@@ -4161,8 +4160,7 @@ async def hears_only(peer, *messages):
     """See that these messages arrive, and no others before one that it sends to itself."""
     for message in messages:
         assert await peer.hear() == message
-    echo = peer.offer(peer.uuid, description=str(uuid4()))
-    assert await peer.ask(echo) == echo
+    assert await before_mark(peer, peer) == []
 
 
 async def until_handled(peer):
@@ -4194,13 +4192,13 @@ async def until_connected(one, other):
         pass
 
 
-async def count_arrivals(sender, receiver):
-    """Return how many messages arrive before the next of a sender."""
-    mark = sender.offer(receiver.uuid, description=str(uuid4()))
+async def before_mark(sender, receiver):
+    """Send a message, and return what the receiver hears before it."""
+    mark, heard = sender.offer(receiver.uuid, description=str(uuid4())), []
     await sender.say(mark)
-    for number in range(99):
-        if await receiver.hear() == mark:
-            return number
+    while (message := await receiver.hear()) != mark:
+        heard.append(message)
+    return heard
 
 
 def numbered_offers(sender, uuid, count):
@@ -4237,54 +4235,50 @@ def tasks_of(name):
     return [task for task in asyncio.all_tasks() if name in task.get_coro().__qualname__]
 
 
-@over_nats
 async def test_the_text_of_a_message_between_relays_is_the_text_received(bus):
-    async with two_clients(bus) as (_, _, a, b):
-        for sender, receiver in ((a, b), (b, a)):
+    async with two_clients(bus) as (one, other, a, b):
+        for sender, receiver in ((a, b), (b, a), (a, b)):
             offer = sender.offer(receiver.uuid, description='\u2013 "\\\U0001f600\r\n', x=[1])
             text = f' {json.dumps(offer, ensure_ascii=False, indent=1)}\n'
             await sender.say(text)
             assert await receiver.websocket.recv() == text
+        await settled(one, other)
+        for server, counts in ((one, (2, 1)), (other, (1, 2))):
+            names = (f'relay_{kind}_messages_total' for kind in ('remote', 'forwarded'))
+            assert tuple(samples(server)[name] for name in names) == counts
         await hears_only(a)
         await hears_only(b)
 
 
-@over_nats
-@pytest.mark.parametrize(
+@each(
     'fields, kind',
-    [
-        ({'source_uuid': str(C)}, 'forged_source'),
-        ({'peer_uuid': str(C)}, 'unknown_peer'),
-        ({'description': 'x' * 1000}, 'too_long'),
-    ],
+    ({'source_uuid': str(C)}, 'forged_source'),
+    ({'peer_uuid': str(C)}, 'unknown_peer'),
+    ({'description': 'x' * 1000}, 'too_long'),
 )
-async def test_a_message_that_cannot_be_forwarded_is_returned_once(fields, kind):
-    with running_nats('max_payload: 1000') as server:
-        async with two_clients(server.url) as (one, _, a, b):
-            offer = {**a.offer(B), **fields}
-            with moves(one, refused(kind)):
-                assert await a.ask(offer) == sent_back(offer, kind)
-            await exchange(a, b)
-            await hears_only(a)
-            await hears_only(b)
+async def test_a_message_that_cannot_be_forwarded_is_returned_once(fields, kind, nats_server):
+    async with two_clients(nats_server('max_payload: 1000').url) as (one, _, a, b):
+        offer = {**a.offer(B), **fields}
+        with moves(one, refused(kind)):
+            assert await a.ask(offer) == sent_back(offer, kind)
+        assert samples(one)['relay_remote_unknown_total'] == (kind == 'unknown_peer')
+        await exchange(a, b)
+        await hears_only(a)
+        await hears_only(b)
 
 
-@over_nats
-@pytest.mark.parametrize('what', ['client', 'relay'])
-async def test_a_client_that_left_or_whose_relay_was_killed_is_unknown(what):
-    with running_nats() as server:
-        async with client_of_a_process(server.url) as (process, _, a, b):
-            await until_subscribed(server, A, B)
-            if what == 'client':
-                await b.websocket.close()
-            else:
-                process.kill()
-                await until_subscribed(server, A)  # NATS itself has to notice first
-            assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
-            await hears_only(a)
+async def test_a_client_that_left_or_whose_relay_was_killed_is_unknown(nats_server):
+    server = nats_server()
+    async with client_of_a_process(server.url) as (process, _, a, _):
+        async with registered(process, C):
+            await until_subscribed(server, A, B, C)
+        assert await a.ask(a.offer(C)) == {**a.offer(C), 'error': unknown(C)}
+        process.kill()
+        await until_subscribed(server, A)  # NATS itself has to notice first
+        assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
+        await hears_only(a)
 
 
-@over_nats
 async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
     async with two_clients(bus) as (one, _, a, b):
         stall(b)
@@ -4301,7 +4295,6 @@ USERS = ['a', 'a.b', 'a b', '*', '>', 'a.*', '-', '', '61', 'J\u00fcrgen', '\u65
 USERS += ['x' * 60]
 
 
-@over_nats
 async def test_users_are_kept_apart_across_relays(bus):
     async with two_relays(bus) as (one, other), contextlib.AsyncExitStack() as stack:
         # Set here, because a file of tokens allows fewer names.
@@ -4324,7 +4317,6 @@ def clocks(**functions):
     return SimpleNamespace(**{**vars(time), **functions})
 
 
-@over_nats
 @pytest.mark.parametrize('ahead', [0, HOUR, -HOUR], ids=['', 'clock ahead', 'clock behind'])
 @pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
 async def test_a_registration_displaces_the_one_on_another_relay(
@@ -4372,37 +4364,32 @@ async def race(one, other, a, uuids):
         await hears_only(a)
 
 
-@over_nats
-@pytest.mark.parametrize('servers, count', [(1, 200), (2, 20)])
-async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(servers, count):
-    with running_cluster(servers) as cluster:
-        async with two_clients(cluster[0].url, cluster[-1].url) as (one, other, a, b):
-            # The servers may not know each other yet.
-            await until_connected(a, b)
-            await race(one, other, a, [UUID(int=n) for n in range(1000, 1000 + count)])
-
-
-@over_nats
-@pytest.mark.parametrize('delay', [0, 0.03])
-async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(delay):
-    async with contextlib.AsyncExitStack() as stack:
-        # More than fits into a message to NATS waits there.
-        server = stack.enter_context(running_nats('max_payload: 10000'))
-        link = await stack.enter_async_context(Link(server.port, delay))
-        clients = two_clients(link.url, server.url)
-        one, _, a, b = await stack.enter_async_context(clients)
-        near = await stack.enter_async_context(registered(one, C))
+@each('servers, count', (1, 200), (2, 20))
+async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(servers, count, nats_server):
+    urls = [server.url for server in run_cluster(nats_server, servers)]
+    async with two_clients(urls[0], urls[-1]) as (one, other, a, b):
+        # The servers may not know each other yet.
         await until_connected(a, b)
-        for offers in zip(*(numbered_offers(a, uuid, 200) for uuid in (B, C))):
-            await say_all(a, offers)
-        await hears_only(near, *numbered_offers(a, C, 200))
-        await hears_only(b, *numbered_offers(a, B, 200))
-        await say_all(b, numbered_offers(b, A, 100))
-        await hears_only(a, *numbered_offers(b, A, 100))
-        await hears_only(b)
+        await race(one, other, a, [UUID(int=n) for n in range(1000, 1000 + count)])
 
 
-@over_nats
+@each('delay', 0, 0.03)
+async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(delay, nats_server):
+    # More than fits into a message to NATS waits there.
+    server = nats_server('max_payload: 10000')
+    async with Link(server.port, delay) as link, two_clients(link.url, server.url) as clients:
+        one, _, a, b = clients
+        async with registered(one, C) as near:
+            await until_connected(a, b)
+            for offers in zip(*(numbered_offers(a, uuid, 200) for uuid in (B, C))):
+                await say_all(a, offers)
+            await hears_only(near, *numbered_offers(a, C, 200))
+            await hears_only(b, *numbered_offers(a, B, 200))
+            await say_all(b, numbered_offers(b, A, 100))
+            await hears_only(a, *numbered_offers(b, A, 100))
+            await hears_only(b)
+
+
 async def test_messages_to_a_peer_that_has_just_registered_arrive(bus):
     async with two_relays(bus) as (one, other), registered(one, A) as a:
         for number in range(1, 20):
@@ -4412,7 +4399,6 @@ async def test_messages_to_a_peer_that_has_just_registered_arrive(bus):
         await hears_only(a)
 
 
-@over_nats
 async def test_three_relays_share_their_clients(bus):
     async with two_clients(bus) as (_, two, a, b), joined_relay(bus) as three:
         async with registered(three, C) as c:
@@ -4427,105 +4413,90 @@ async def test_three_relays_share_their_clients(bus):
 
 
 @contextlib.asynccontextmanager
-async def lost_nats(strike, monkeypatch):
-    """Strike the NATS server of two relays and three clients."""
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
-    with running_nats() as server:
-        async with two_clients(server.url) as (one, other, a, b), registered(one, C) as near:
-            await exchange(a, b)
-            # A message whose verdict is lost would come back although it has arrived.
-            await settled(one, other)
-            strike(server)
-            # Nobody has noticed yet.
-            assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-            await until(lambda: not one.backplane.connected)
-            yield server, one, other, a, b, near
-
-
-@over_nats
-@pytest.mark.parametrize('strike', [Process.kill, Process.freeze])
-async def test_without_nats_local_peers_still_exchange_messages(
-    strike, caplog, monkeypatch, quick
-):
-    with logged(caplog) as lines:
-        async with lost_nats(strike, monkeypatch) as (_, one, _, a, _, near):
+async def lost_nats(server, strike):
+    """Strike the NATS server of two relays and three clients; see what works without it."""
+    clients = two_clients(server.url, NATS_REQUEST_TIMEOUT=0.2)
+    async with clients as (one, other, a, b), registered(one, C) as near:
+        await exchange(a, b)
+        # A message whose verdict is lost would come back although it has arrived.
+        await settled(one, other)
+        await until(lambda: samples(one)['relay_nats_round_trip_seconds'] > 0)
+        assert samples(one)['relay_nats_connected'] == 1
+        returned = sent_back(a.offer(B), 'disconnected')
+        strike(server)
+        # Nobody has noticed yet.
+        assert await a.ask(a.offer(B)) == returned
+        await until(lambda: not samples(one)['relay_nats_connected'])
+        with pytest.MonkeyPatch.context() as patch, moves(one, refused('disconnected'), 2):
             # No time passes now before a message comes back.
-            monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 60)
+            patch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 60)
             for _ in range(2):
                 await exchange(a, near)
+                assert await a.ask(a.offer(B)) == returned
+        yield one, other, a, b, near
+
+
+@each('strike, late', (Process.kill, 0), (Process.freeze, 1))
+async def test_local_peers_are_reached_without_nats_and_all_when_it_is_back(
+    strike, late, nats_server, log, quick
+):
+    server, (left, newcomer) = nats_server(), (UUID(int=8), UUID(int=9))
+    async with lost_nats(server, strike) as (one, other, a, b, near):
+        async with registered(one, left) as peer:
+            await exchange(a, peer)
+        await until(lambda: any(line.endswith(LOST) for line in log('NATS: ')))
+        async with registered(other, newcomer) as peer:
+            server.recover()
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await settled(one, other)
+            # The message that came back may arrive after all.
+            assert len(await before_mark(a, b)) <= late
+            await exchange(a, b)
+            await exchange(a, peer)
+        assert await a.ask(a.offer(left)) == sent_back(a.offer(left), 'unknown_peer')
+        for peer in (a, b, near):
+            await hears_only(peer)
+    assert all('by the client with 1000' in line for line in log('Unregistered'))
+    assert len(log('NATS: ')) <= 8
+
+
+async def test_a_relay_serves_before_nats_is_there(nats_server, log, quick):
+    server = nats_server(started=False)
+    async with two_relays(server.url, wait=False) as (one, other):
+        async with registered(one, A) as a, registered(one, C) as near:
+            async with registered(other, B) as b, registered(other, A) as later:
+                await exchange(a, near)
+                await exchange(later, b)
                 assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-            async with registered(one, UUID(int=9)) as newcomer:
-                await exchange(a, newcomer)
-            lost = '; clients of other relays cannot be reached'
-            await until(lambda: any(line.endswith(lost) for line in lines()))
-
-
-@over_nats
-@pytest.mark.parametrize('strike, late', [(Process.kill, 0), (Process.freeze, 1)])
-async def test_all_clients_are_reached_when_nats_is_back(strike, late, caplog, monkeypatch, quick):
-    with logged(caplog) as lines:
-        async with lost_nats(strike, monkeypatch) as (server, one, other, a, b, near):
-            async with registered(one, UUID(int=9)):
-                pass
-            async with registered(other, UUID(int=8)) as newcomer:
+                await until(lambda: len(log('NATS')) == 2)
                 server.recover()
-                await until(lambda: one.backplane.connected and other.backplane.connected)
+                # The UUID belongs to the client that registered later.
+                assert await a.closed_with() == 1001
                 await settled(one, other)
-                # The message that came back may arrive after all.
-                assert await count_arrivals(a, b) <= late
-                await exchange(a, b)
-                await exchange(a, newcomer)
-            left = a.offer(UUID(int=9))
-            assert await a.ask(left) == sent_back(left, 'unknown_peer')
-            for peer in (a, b, near):
-                await hears_only(peer)
-    ends = [line for line in lines() if 'Unregistered' in line]
-    assert all('by the client with 1000' in line for line in ends)
-    assert len([line for line in lines() if re.match('NATS: ', line)]) <= 8
+                await exchange(later, near)
+                await exchange(near, b)
+    assert len(log('Connect call failed')) == 2
 
 
-@over_nats
-async def test_a_relay_serves_before_nats_is_there(caplog, quick):
-    with logged(caplog, 'WARNING') as lines, running_nats(started=False) as server:
-        async with two_relays(server.url, wait=False) as (one, other):
-            async with registered(one, A) as a, registered(one, C) as near:
-                async with registered(other, B) as b, registered(other, A) as later:
-                    await exchange(a, near)
-                    await exchange(later, b)
-                    assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-                    await until(lambda: len([x for x in lines() if x.startswith('NATS')]) == 2)
-                    server.recover()
-                    # The UUID belongs to the client that registered later.
-                    assert await a.closed_with() == 1001
-                    await settled(one, other)
-                    await exchange(later, near)
-                    await exchange(near, b)
-    assert len([line for line in lines() if 'Connect call failed' in line]) == 2
-
-
-@over_nats
-async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(bus, caplog, quick):
+async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(bus, log, quick):
     def edited(data):
         said.append(data)
         # The first line that NATS said, again, before its answer to the first ping.
         return said[0] + data if said.count(b'PONG\r\n') == 1 == len(said) - 1 else data
 
     said = []
-    with logged(caplog) as lines:
-        async with Link(urlsplit(bus).port, edited=edited) as link:
-            async with two_clients(link.url, bus) as (_, _, a, b):
-                await exchange(a, b)
-    assert any('interrupted while connecting' in line for line in lines())
+    async with Link(urlsplit(bus).port, edited=edited) as link:
+        async with two_clients(link.url, bus) as (_, _, a, b):
+            await exchange(a, b)
+    assert log('interrupted while connecting')
 
 
-@over_nats
-async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch, quick):
-    monkeypatch.setattr(relay, 'CLAIM_BEATS', 2)
-    async with contextlib.AsyncExitStack() as stack:
-        first = stack.enter_context(running_nats())
-        link = await stack.enter_async_context(Link(first.cluster))
-        second = stack.enter_context(running_nats(routes=[link.port]))
-        async with two_clients(first.url, second.url) as (one, other, a, b):
+async def test_after_a_split_the_later_registration_holds_the_uuid(nats_server, quick):
+    first = nats_server()
+    async with Link(first.cluster) as link:
+        second = nats_server(routes=[link.port])
+        clients = two_clients(first.url, second.url, CLAIM_BEATS=2)
+        async with clients as (one, other, a, b):
             await until_connected(a, b)
             link.kill()
             while await reaches(a, b):
@@ -4538,54 +4509,50 @@ async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch, 
                 await until_connected(b, later)
 
 
-@over_nats
 async def test_after_a_frozen_relay_misses_a_message_no_later_one_is_sent_to_it(bus, monkeypatch):
     async def counted(*args, **options):
         requests.append(args)
         return await request(*args, **options)
 
     requests, request = [], nats.NATS.request
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
-    async with client_of_a_process(bus) as (process, one, a, b), registered(one, C) as near:
+    async with client_of_a_process(bus, NATS_REQUEST_TIMEOUT=0.5) as (process, one, a, b):
         process.freeze()
         monkeypatch.setattr('nats.NATS.request', counted)
         for offer in numbered_offers(a, B, 20):
             await a.say(offer)
             await until_handled(a)
-        await exchange(near, near)
+        await exchange(a, a)
         assert not is_idle(one)
         for offer in numbered_offers(a, B, 20):
             assert await a.hear() == sent_back(offer, 'disconnected')
         # All have waited for the first alone, which may still arrive.
         assert len(requests) == 1 and is_idle(one)
         process.recover()
-        assert await count_arrivals(a, b) <= 1
+        assert len(await before_mark(a, b)) <= 1
         await exchange(a, b)
         await hears_only(a)
 
 
-@over_nats
-@pytest.mark.parametrize('strike', [None, Process.kill, Process.freeze])
-async def test_a_relay_that_stops_delivers_what_is_in_flight(strike):
-    with running_nats() as server:
-        async with Link(server.port, delay=0.02) as slow, client_of_a_process(slow.url) as clients:
-            process, _, a, b = clients
-            if strike:
-                strike(server)
-            # The relay would not read from a client that does not read its errors.
-            closing = asyncio.ensure_future(b.close_frame())
-            await say_all(b, numbered_offers(b, A, 100))
-            await until_handled(b)
-            process.child.terminate()
-            assert await asyncio.wait_for(asyncio.to_thread(process.child.wait), 4) == 0
-            assert (await closing).code == 1001
-            if not strike:
-                await hears_only(a, *numbered_offers(b, A, 100))
-                assert b.last_words == []
-            assert not re.search('ERROR|Traceback', process.log.read_text())
+@each('strike', None, Process.kill, Process.freeze)
+async def test_a_relay_that_stops_delivers_what_is_in_flight(strike, nats_server):
+    server = nats_server()
+    async with Link(server.port, delay=0.02) as slow, client_of_a_process(slow.url) as clients:
+        process, _, a, b = clients
+        if strike:
+            strike(server)
+        # The relay would not read from a client that does not read its errors.
+        closing = asyncio.ensure_future(b.close_frame())
+        await say_all(b, numbered_offers(b, A, 100))
+        await until_handled(b)
+        process.child.terminate()
+        assert await asyncio.wait_for(asyncio.to_thread(process.child.wait), 4) == 0
+        assert (await closing).code == 1001
+        if not strike:
+            await hears_only(a, *numbered_offers(b, A, 100))
+            assert b.last_words == []
+        assert not re.search('ERROR|Traceback', process.log.read_text())
 
 
-@over_nats
 async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
     async with client_of_a_process(bus) as (process, _, a, b):
         offers = numbered_offers(a, B, 200)
@@ -4599,83 +4566,74 @@ async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
         assert await asyncio.to_thread(process.child.wait) == 0
 
 
-@over_nats
-async def test_of_three_nats_servers_one_may_be_killed(caplog, quick):
-    with running_cluster(3) as servers, logged(caplog) as lines:
-        async with two_relays(*(server.url for server in servers)) as (one, other):
-            async with registered(one, B) as b, registered(other, C) as c:
-                await until_connected(b, c)
-                found = [line for line in lines() if line.startswith('NATS is connected')]
-                next(server for server in servers if f':{server.port}' in found[0]).kill()
-                await until(lambda: not one.backplane.connected)
-                await until(lambda: one.backplane.connected and other.backplane.connected)
-                await until_connected(b, c)
-                await hears_only(b)
-                await hears_only(c)
+async def test_of_three_nats_servers_one_may_be_killed(nats_server, log, quick):
+    servers = run_cluster(nats_server, 3)
+    async with two_relays(*(server.url for server in servers)) as (one, other):
+        async with registered(one, B) as b, registered(other, C) as c:
+            await until_connected(b, c)
+            used = log('NATS is connected')[0]
+            next(server for server in servers if f':{server.port}' in used).kill()
+            await until(lambda: not one.backplane.connected)
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await until_connected(b, c)
+            await hears_only(b)
+            await hears_only(c)
 
 
-def clients_named(name):
-    """Return the clients of a name that are in memory."""
-    gc.collect()
-    clients = [thing for thing in gc.get_objects() if isinstance(thing, relay.Client)]
-    return [client for client in clients if client.name == name]
+async def test_clients_that_leave_leave_nothing_with_nats(nats_server):
+    def passing():
+        gc.collect()
+        return [client for client in kept(relay.Client) if client.name == 'passing']
+
+    server = nats_server()
+    async with two_relays(server.url) as (one, other):
+        async with registered(one, C) as near, registered(other, C) as newer:
+            assert await near.closed_with() == 1001
+            reading = asyncio.ensure_future(drain(newer))
+            for number in range(30):
+                # Messages to earlier ones may arrive: more than a client usually reads ahead.
+                async with registered(one, A, 'passing', max_queue=1000) as a:
+                    async with registered(other, B, 'passing') as b:
+                        await b.say(b.offer(A))
+                        await say_all(a, [a.offer(B), a.offer(UUID(int=number + 1))])
+                        await [leave_with_a_close, leave_with_a_reset][number % 2](a)
+                        if number % 3:
+                            await newer.say(newer.offer(A))
+            await until(lambda: not holder(one, A) and not holder(other, B))
+            await settled(one, other)
+            reading.cancel()
+            # One for the client that is left; for each relay, its claims and its answers.
+            await until(lambda: len(tasks_of('_wait_for_msgs')) == 5)
+            await until(lambda: len(tasks_of('Backplane')) == 2)
+            await until_subscribed(server, C)
+            # Only the last client that each relay claimed may be in memory.
+            await until(lambda: len(passing()) <= 2)
 
 
-@over_nats
-async def test_clients_that_leave_leave_nothing_with_nats():
-    with running_nats() as server:
-        async with two_relays(server.url) as (one, other):
-            async with registered(one, C) as near, registered(other, C) as newer:
-                assert await near.closed_with() == 1001
-                reading = asyncio.ensure_future(drain(newer))
-                for number in range(30):
-                    # Messages to earlier ones may arrive: more than a client usually reads ahead.
-                    async with registered(one, A, 'passing', max_queue=1000) as a:
-                        async with registered(other, B, 'passing') as b:
-                            await b.say(b.offer(A))
-                            await say_all(a, [a.offer(B), a.offer(UUID(int=number + 1))])
-                            await [leave_with_a_close, leave_with_a_reset][number % 2](a)
-                            if number % 3:
-                                await newer.say(newer.offer(A))
-                await until(lambda: not holder(one, A) and not holder(other, B))
-                await settled(one, other)
-                reading.cancel()
-                # One for the client that is left; for each relay, its claims and its answers.
-                await until(lambda: len(tasks_of('_wait_for_msgs')) == 5)
-                await until(lambda: len(tasks_of('Backplane')) == 2)
-                await until_subscribed(server, C)
-                # Only the last client that each relay claimed may be in memory.
-                await until(lambda: len(clients_named('passing')) <= 2)
-
-
-async def is_refused_by_nats(url, reason, lines):
+async def is_refused_by_nats(url, reason, log):
     """See that a relay logs why NATS refuses it, and serves without."""
     async with joined_relay(url, wait=False) as server, registered(server, A) as a:
-        await until(lambda: any(reason in line for line in lines()))
+        await until(lambda: log(reason))
         assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
 
 
-@over_nats
-async def test_credentials_for_nats_are_in_its_address(caplog, quick):
-    with running_nats('authorization: {user: relay, password: secret}') as server:
-        with logged(caplog) as lines:
-            async with two_clients(server.url.replace('//', '//relay:secret@')) as (_, _, a, b):
-                await exchange(a, b)
-            refusal = 'NATS: Authorization Violation; clients of other relays cannot be reached'
-            await is_refused_by_nats(server.url.replace('//', '//relay:wr0ng@'), refusal, lines)
-    assert lines().count(refusal) == 1
+async def test_credentials_for_nats_are_in_its_address(nats_server, log, caplog, quick):
+    server = nats_server('authorization: {user: relay, password: secret}')
+    async with two_clients(server.url.replace('//', '//relay:secret@')) as (_, _, a, b):
+        await exchange(a, b)
+    refusal = f'NATS: Authorization Violation{LOST}'
+    await is_refused_by_nats(server.url.replace('//', '//relay:wr0ng@'), refusal, log)
+    assert log('Authorization') == [refusal]
     assert not re.search('secret|wr0ng', ''.join(r.getMessage() for r in caplog.records))
 
 
-@over_nats
-async def test_relays_verify_the_certificate_of_nats(pem, caplog, monkeypatch, quick):
-    tls = f'tls: {{cert_file: "{pem}/cert.pem", key_file: "{pem}/cert.key"}}'
-    with running_nats(tls) as server, logged(caplog) as lines:
-        url = server.url.replace('nats', 'tls')
-        await is_refused_by_nats(url, 'certificate verify failed', lines)
-        monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
-        async with two_clients(url) as (_, _, a, b):
-            await exchange(a, b)
+async def test_relays_verify_the_certificate_of_nats(pem, nats_server, log, monkeypatch, quick):
+    server = nats_server(f'tls: {{cert_file: "{pem}/cert.pem", key_file: "{pem}/cert.key"}}')
+    url = server.url.replace('nats', 'tls')
+    await is_refused_by_nats(url, 'certificate verify failed', log)
+    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
+    async with two_clients(url) as (_, _, a, b):
+        await exchange(a, b)
 
 
 ABSENT = "--nats: No module named 'absent'"
@@ -4691,13 +4649,11 @@ def replace_package(name, code, tmp_path, monkeypatch):
 
 
 @needs_nats
-@pytest.mark.parametrize(
+@each(
     'nkeys, file, line',
-    [
-        ('', '/nowhere/x', 'cannot read /nowhere/x: No such file or directory'),
-        ('', os.devnull, f'{os.devnull} holds no credentials for NATS'),
-        ('import absent', os.devnull, f"{ABSENT}; try: pip install 'nats-py[nkeys]'"),
-    ],
+    ('', '/nowhere/x', 'cannot read /nowhere/x: No such file or directory'),
+    ('', os.devnull, f'{os.devnull} holds no credentials for NATS'),
+    ('import absent', os.devnull, f"{ABSENT}; try: pip install 'nats-py[nkeys]'"),
 )
 def test_credentials_that_cannot_be_used_are_one_line(nkeys, file, line, tmp_path, monkeypatch):
     replace_package('nkeys', nkeys, tmp_path, monkeypatch)
@@ -4736,7 +4692,6 @@ def test_options_that_are_not_valid_are_one_line(words, options):
     assert words in line and 'secret' not in line
 
 
-@over_nats
 async def test_a_check_connects_two_clients_across_relays(bus, tokens):
     async with two_relays(bus, tokens=tokens) as (one, other):
         line = await relay.check(*(x.url.replace('//', '//alice:a1@') for x in (one, other)))
@@ -4745,13 +4700,12 @@ async def test_a_check_connects_two_clients_across_relays(bus, tokens):
         assert one.counts['registrations'] == other.counts['registrations'] == 1
 
 
-@over_nats
 async def test_relays_of_one_machine_share_a_port(bus):
     options = '--host', '127.0.0.1', '--nats', bus
     with running_program(*options) as one:
         with running_program(*options, '--port', str(one.ports[0])) as other:
             assert one.url == other.url
-            async with all_registered(one, [UUID(int=n + 1) for n in range(20)]) as peers:
+            async with all_of(registered(one, uuid4()) for _ in range(20)) as peers:
                 for pair in zip(peers, peers[1:]):
                     await until_connected(*pair)
                 for process in (one, other):
@@ -4763,33 +4717,6 @@ async def test_relays_of_one_machine_share_a_port(bus):
     assert min(counts) > 0 and sum(counts) == 20 and '"' not in ''.join(logs)
 
 
-@over_nats
-async def test_messages_over_nats_are_counted(bus):
-    async with two_clients(bus) as (one, other, a, b):
-        with moves(one, 'relay_remote_messages_total', 2):
-            with moves(other, 'relay_forwarded_messages_total', 2):
-                for _ in range(2):
-                    await a.say(a.offer(B))
-                    await b.hear()
-                await settled(one)
-        assert samples(one)['relay_forwarded_messages_total'] == 0
-        with moves(one, refused('unknown_peer')):
-            await a.ask(a.offer(C))
-        assert samples(one)['relay_remote_unknown_total'] == 1
-
-
-@over_nats
-async def test_the_metrics_show_the_connection_to_nats(bus):
-    async with joined_relay(bus) as one, registered(one, A) as a:
-        await until(lambda: samples(one)['relay_nats_round_trip_seconds'] > 0)
-        assert samples(one)['relay_nats_connected'] == 1
-        await one.backplane.close()
-        assert samples(one)['relay_nats_connected'] == 0
-        with moves(one, refused('disconnected')):
-            await a.ask(a.offer(B))
-
-
-@over_nats
 @pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not installed')
 async def test_promtool_accepts_the_metrics_with_nats(bus):
     async with joined_relay(bus) as one:
@@ -4798,8 +4725,7 @@ async def test_promtool_accepts_the_metrics_with_nats(bus):
     assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
 
 
-@over_nats
-@pytest.mark.parametrize('error, count', [('ConnectionClosedError', 0), ('KeyError', 1)])
+@each('error, count', ('ConnectionClosedError', 0), ('KeyError', 1))
 async def test_a_bug_in_a_task_is_logged_as_an_error_and_a_fault_is_not(
     bus, caplog, monkeypatch, error, count
 ):
@@ -4818,7 +4744,6 @@ async def test_a_bug_in_a_task_is_logged_as_an_error_and_a_fault_is_not(
     assert lines == ['Internal error while using NATS'] * count
 
 
-@over_nats
 async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, monkeypatch):
     async def without_reply(*args):
         await request(*args)
@@ -4835,8 +4760,7 @@ async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, 
     assert 'Internal error while using NATS' in [r.getMessage() for r in caplog.records]
 
 
-@over_nats
-async def test_losing_nats_while_subscribing_is_a_fault(bus, caplog, monkeypatch, quick):
+async def test_losing_nats_while_subscribing_is_a_fault(bus, log, monkeypatch, quick):
     async def interrupted(client, *args, **options):
         found = await subscribe(client, *args, **options)
         if not calls:
@@ -4848,12 +4772,9 @@ async def test_losing_nats_while_subscribing_is_a_fault(bus, caplog, monkeypatch
     monkeypatch.setattr('nats.NATS.subscribe', interrupted)
     async with joined_relay(bus) as server:
         await until(lambda: server.backplane.round_trip)
-        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    lost = '; clients of other relays cannot be reached'
-    assert lines == [f'NATS: interrupted while connecting{lost}']
+        assert log('NATS: ') == [f'NATS: interrupted while connecting{LOST}']
 
 
-@over_nats
 async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
     transport = relay._import_nats(None).aio.transport.TcpTransport()
     with socket.create_server(('127.0.0.1', 0)) as server:
@@ -4872,28 +4793,29 @@ async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
     assert not asyncio.get_running_loop().remove_writer(descriptor)
 
 
-@over_nats
-async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monkeypatch, quick):
+async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(
+    nats_server, log, monkeypatch, quick
+):
     async def respond(message, data):
         answering.set()
         # The library does this where it waits for what it writes.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    answering = asyncio.Event()
+    server, answering = nats_server(), asyncio.Event()
     monkeypatch.setattr('nats.aio.msg.Msg.respond', respond)
-    with logged(caplog), running_nats() as server:
-        async with two_clients(server.url) as (_, other, a, _):
-            await a.say(a.offer(B))
-            await answering.wait()
-            server.kill()
-            await until(lambda: not other.backplane.connected)
-        gc.collect()
-        assert tasks_of('_wait_for_msgs') == []
+    async with two_clients(server.url) as (_, other, a, _):
+        await a.say(a.offer(B))
+        await answering.wait()
+        server.kill()
+        await until(lambda: not other.backplane.connected)
+    gc.collect()
+    assert tasks_of('_wait_for_msgs') == []
 
 
-@over_nats
-async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkeypatch, quick):
+async def test_all_clients_are_reached_after_nats_is_killed_during_claims(
+    nats_server, monkeypatch, quick
+):
     async def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 30:
@@ -4903,22 +4825,21 @@ async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkey
             time.sleep(0.2)
         return await subscribe(*args, **options)
 
-    calls, subscribe, uuids = [], nats.NATS.subscribe, [UUID(int=n) for n in range(1000, 1060)]
+    server, calls, uuids = nats_server(started=False), [], [UUID(int=n) for n in range(1000, 1060)]
+    subscribe = nats.NATS.subscribe
     monkeypatch.setattr('nats.NATS.subscribe', interrupted)
-    with running_nats(started=False) as server:
-        async with two_relays(server.url, wait=False) as (one, other):
-            async with all_registered(other, uuids) as peers, registered(one, A) as a:
-                server.recover()
-                await until(lambda: len(calls) > 30 + 60)
-                await until(lambda: one.backplane.connected and other.backplane.connected)
-                await settled(one, other)
-                for peer in peers:
-                    await a.say(a.offer(peer.uuid))
-                    assert await peer.hear() == a.offer(peer.uuid)
-                await until_subscribed(server, A, *uuids)
+    async with two_relays(server.url, wait=False) as (one, other), registered(one, A) as a:
+        async with all_of(registered(other, uuid) for uuid in uuids) as peers:
+            server.recover()
+            await until(lambda: len(calls) > 30 + 60)
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await settled(one, other)
+            for peer in peers:
+                await a.say(a.offer(peer.uuid))
+                assert await peer.hear() == a.offer(peer.uuid)
+            await until_subscribed(server, A, *uuids)
 
 
-@over_nats
 async def test_a_relay_whose_port_is_taken_leaves_nats_before_it_ends(bus):
     with pytest.raises(relay.StartError, match='Address already in use'):
         await relay.serve('127.0.0.1', urlsplit(bus).port, nats=[bus])
@@ -4926,7 +4847,6 @@ async def test_a_relay_whose_port_is_taken_leaves_nats_before_it_ends(bus):
     assert not tasks_of('Backplane')
 
 
-@over_nats
 async def test_work_cancelled_before_it_starts_leaves_no_coroutine(bus):
     async with joined_relay(bus) as server:
         await settled(server)
@@ -4937,9 +4857,8 @@ async def test_work_cancelled_before_it_starts_leaves_no_coroutine(bus):
         gc.collect()  # a warning would fail the test
 
 
-@over_nats
-@pytest.mark.parametrize('how', ['reset', 'killed'])
-async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch, quick):
+@each('how', 'reset', 'killed')
+async def test_a_lost_connection_to_nats_leaves_no_task(how, nats_server, log, monkeypatch, quick):
     async def drain(transport):
         if lost:
             transport._io_writer.transport.abort()
@@ -4950,27 +4869,26 @@ async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch
         if client.is_closed:  # something is still to be written when it closes
             client._pending_data_size = 1
 
-    lost, flush = [], nats.NATS._flush_pending
+    lost, flush, server = [], nats.NATS._flush_pending, nats_server()
     monkeypatch.setattr('nats.aio.transport.TcpTransport.drain', drain)
     monkeypatch.setattr('nats.NATS._flush_pending', flush_pending)
-    with logged(caplog), running_nats() as server:
-        async with Link(server.port) as link, joined_relay(link.url) as one:
-            async with all_registered(one, [UUID(int=n + 1) for n in range(50)]):
-                await settled(one)
-                tasks = tasks_of('_wait_for_msgs')
-                assert len(tasks) >= 51
-                lost.append(how)
-                if how == 'killed':
-                    server.kill()
-                link.kill()
-                await asyncio.wait(tasks)
-                lost.clear()
-                link.recover()
-                if how == 'reset':
-                    await until(lambda: one.backplane.connected)
-        del tasks
-        gc.collect()
-        assert tasks_of('_wait_for_msgs') == []
+    async with Link(server.port) as link, joined_relay(link.url) as one:
+        async with all_of(registered(one, UUID(int=n + 1)) for n in range(50)):
+            await settled(one)
+            tasks = tasks_of('_wait_for_msgs')
+            assert len(tasks) >= 51
+            lost.append(how)
+            if how == 'killed':
+                server.kill()
+            link.kill()
+            await asyncio.wait(tasks)
+            lost.clear()
+            link.recover()
+            if how == 'reset':
+                await until(lambda: one.backplane.connected)
+    del tasks
+    gc.collect()
+    assert tasks_of('_wait_for_msgs') == []
 
 
 @contextlib.asynccontextmanager
@@ -4989,7 +4907,6 @@ async def another_program(url, *replies):
     await client.close()
 
 
-@over_nats
 async def test_each_message_goes_to_only_one_of_two_holders(bus):
     async with two_clients(bus) as (one, other, a, b), another_program(bus) as (_, arrived):
         await settled(other)
@@ -4999,25 +4916,18 @@ async def test_each_message_goes_to_only_one_of_two_holders(bus):
             await until_handled(a)
             await until(lambda: is_idle(one))
         await hears_only(a)
-        mark = b.offer(B, description='end')
-        await b.say(mark)
-        while (message := await b.hear()) != mark:
-            arrived.append(message)
+        arrived += await before_mark(b, b)
         assert sorted(arrived, key=lambda message: int(message['description'])) == offers
 
 
-@over_nats
-@pytest.mark.parametrize('reply', ['sold_out', 'backlog,backlog', '{"verdict": null}', '\x00'])
-async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, caplog, reply):
-    with logged(caplog) as lines:
-        async with another_program(bus, reply), joined_relay(bus) as one, registered(one, A) as a:
-            for _ in range(2):
-                assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-    warning = 'NATS: another relay gave a verdict not known here'
-    assert [line for line in lines() if 'verdict' in line] == [warning]
+@each('reply', 'sold_out', 'backlog,backlog', '{"verdict": null}', '\x00')
+async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, log, reply):
+    async with another_program(bus, reply), joined_relay(bus) as one, registered(one, A) as a:
+        for _ in range(2):
+            assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
+    assert log('verdict') == ['NATS: another relay gave a verdict not known here']
 
 
-@over_nats
 async def test_a_message_to_a_client_that_has_just_moved_is_sent_again(bus):
     async with another_program(bus, 'unknown_peer', '') as (_, arrived):
         async with joined_relay(bus) as one, registered(one, A) as a:
@@ -5027,8 +4937,7 @@ async def test_a_message_to_a_client_that_has_just_moved_is_sent_again(bus):
             await hears_only(a)
 
 
-@over_nats
-async def test_claims_of_another_version_are_ignored_with_one_warning(bus, caplog):
+async def test_claims_of_another_version_are_ignored_with_one_warning(bus, log):
     async def publish(**batch):
         additional = 'f', 0, 'x', 'an additional item'
         batch['claims'] = [[f'relay.client.-.{A}', time.time_ns() + HOUR, *additional]]
@@ -5039,38 +4948,32 @@ async def test_claims_of_another_version_are_ignored_with_one_warning(bus, caplo
     async with joined_relay(bus) as one, registered(one, A) as a:
         async with another_program(bus) as (client, _):
             await settled(one)
-            with logged(caplog) as lines:
-                for _ in range(2):
-                    await publish(version=2)
-                await exchange(a, a)
-            warning = 'NATS: another relay makes claims of a version not known here'
-            assert [line for line in lines() if 'version' in line] == [warning]
+            for _ in range(2):
+                await publish(version=2)
+            await exchange(a, a)
+            assert log('version') == [
+                'NATS: another relay makes claims of a version not known here'
+            ]
             await publish(version=1, additional=None)
             assert await a.closed_with() == 1001
 
 
-@over_nats
-async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, caplog):
-    with logged(caplog) as lines:
-        async with two_relays(bus) as servers, contextlib.AsyncExitStack() as stack:
-            for number in range(10):
-                await stack.enter_async_context(registered(servers[number % 2], A))
-                await settled(*servers)
+async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, log):
+    async with two_relays(bus) as servers, contextlib.AsyncExitStack() as stack:
+        for number in range(10):
+            await stack.enter_async_context(registered(servers[number % 2], A))
+            await settled(*servers)
     place, advice = r'127\.0\.0\.1:\d+', 'give one of them a new UUID'
     pattern = rf'UUID {A} .* by {place} and {place} \(on another relay\); .*{advice}'
     # Each relay counts by itself.
-    assert len([line for line in lines() if 'again and again' in line]) == 2
-    assert len([line for line in lines() if re.fullmatch(pattern, line)]) == 2
+    assert len(log('again and again')) == 2
+    assert all(re.fullmatch(pattern, line) for line in log('again and again'))
 
 
-@over_nats
-@pytest.mark.parametrize(
-    'limit, kind', [('MAX_IN_FLIGHT', 'disconnected'), ('MAX_BACKLOG', 'backlog')]
-)
-async def test_messages_in_flight_are_limited(bus, monkeypatch, limit, kind):
-    monkeypatch.setattr(relay, limit, 100_000)
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 60)
-    async with client_of_a_process(bus) as (process, one, a, b), registered(one, C) as c:
+@each('limit, kind', ('MAX_IN_FLIGHT', 'disconnected'), ('MAX_BACKLOG', 'backlog'))
+async def test_messages_in_flight_are_limited(bus, limit, kind):
+    limits = {limit: 100_000, 'NATS_REQUEST_TIMEOUT': 60}
+    async with client_of_a_process(bus, **limits) as (process, one, a, b), registered(one, C) as c:
         size = len(json.dumps(a.offer(B, description='x' * 1000))) + relay.MESSAGE_COST
         rooms = {a: 100_000 // size, c: 0}
         process.freeze()
@@ -5084,10 +4987,8 @@ async def test_messages_in_flight_are_limited(bus, monkeypatch, limit, kind):
         b.websocket.transport.abort()  # it has more unread messages than it would read
 
 
-@over_nats
 async def test_an_upgrade_that_takes_too_long_sends_messages_back(bus, monkeypatch):
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
-    async with two_clients(bus) as (_, other, a, b):
+    async with two_clients(bus, NATS_REQUEST_TIMEOUT=0.2) as (_, other, a, b):
         await exchange(a, b)
         await other.backplane.close(upgrading=True)
         assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
@@ -5128,7 +5029,7 @@ class Checker:
         self.counts = Counter()
 
     async def start(self, stack, relays, servers):
-        self.servers = stack.enter_context(running_cluster(servers))
+        self.servers = run_cluster(functools.partial(run_nats, stack), servers)
         self.relays, self.links = [], []
         for _ in range(relays):
             links = [await stack.enter_async_context(Link(s.port)) for s in self.servers]
@@ -5336,29 +5237,24 @@ async def check_relays(seed, seconds, relays=2, servers=1, happenings=('take_ove
     return figures
 
 
-@needs_nats
-@pytest.mark.parametrize('relays', [2, 3])
-def test_relays_recover_from_random_faults(relays):
+@each('relays', 2, 3)
+def test_relays_recover_from_random_faults(relays, nats_server):
     figures = asyncio.run(check_relays(1, 1.5, relays))
     assert figures['messages'] > 100 and figures['faults']
 
 
-@needs_nats
-def test_each_message_has_one_outcome_during_takeovers():
+def test_each_message_has_one_outcome_during_takeovers(nats_server):
     figures = asyncio.run(check_relays(1, 1, relays=3, servers=3, happenings=['take_over']))
     assert figures['messages'] > 100 and figures['takeovers']
 
 
 @on_linux
-@needs_nats
-def test_each_message_arrives_or_comes_back_during_upgrades():
+def test_each_message_arrives_or_comes_back_during_upgrades(nats_server):
     figures = asyncio.run(check_relays(1, 60, happenings=['upgrade', *3 * ['talk']]))
     assert figures['upgrades'] == 3 and figures['messages'] > 100
     assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', DISCONNECTED}
 
 
-@on_linux
-@needs_nats
 @run_upgrades
 async def test_a_shared_port_stays_shared(tmp_path, bus):
     (tmp_path / 'other').mkdir()
@@ -5376,7 +5272,6 @@ async def test_a_shared_port_stays_shared(tmp_path, bus):
                     await exchange(peer, peer)
 
 
-@needs_nats
 @run_upgrades
 async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(tmp_path, bus):
     async with upgradable(tmp_path, '--nats', bus) as program:
