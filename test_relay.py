@@ -28,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import warnings
@@ -827,47 +826,158 @@ async def test_session_descriptions_are_never_logged(caplog):
     assert 'Forwarded' in ''.join(lines()) and 'secret' not in ''.join(lines())
 
 
+# ------------------------------------------------------------------------------- Processes
+
+
+class Program:
+    """A program that can be killed, frozen and started again; its output goes to files."""
+
+    def __init__(self, folder, *command):
+        self.folder, self.log, self.errors = folder, folder / 'log', folder / 'errors'
+        self.command = [str(word) for word in command]
+        self.child, self.deaths = None, []  # s, monotonic clock
+
+    def __enter__(self):
+        self.recover()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        if self.child is not None:
+            self.deaths.append(time.monotonic())
+            self.child.kill()
+            self.child.wait()
+
+    def freeze(self):
+        self.child.send_signal(signal.SIGSTOP)
+        # Until all its threads have stopped, they pass on what they receive.
+        os.waitpid(self.child.pid, os.WUNTRACED)
+
+    def recover(self):
+        """Resume the process, or start it."""
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(signal.SIGCONT)
+        else:
+            with self.log.open('a') as out, self.errors.open('a') as err:
+                options = {'cwd': self.folder, 'stdout': out, 'stderr': err}
+                self.child = subprocess.Popen(self.command, **options)
+
+    def lines(self, word=''):
+        """Return the lines of its output that contain a word, without the time and level."""
+        lines = (self.log.read_text() + self.errors.read_text()).splitlines()
+        return [line.partition(' :: ')[2] or line for line in lines if word in line]
+
+    async def logs(self, word, count=1):
+        """Wait until so many lines contain a word, and return the last of them."""
+        while len(lines := self.lines(word)) < count:
+            ended = self.child.poll() is not None
+            assert not ended or len(self.lines(word)) >= count, self.lines()
+            await asyncio.sleep(0.005)
+        return lines[count - 1]
+
+    async def signal(self, number, word):
+        """Send a signal, and return the next line that contains a word."""
+        count = len(self.lines(word)) + 1
+        self.child.send_signal(number)
+        return await self.logs(word, count)
+
+    async def ends(self, status=0, errors=''):
+        """Wait for its end, and see its exit status and what it wrote to standard error."""
+        await until(lambda: self.child.poll() is not None)
+        assert (self.child.returncode, self.errors.read_text()) == (status, errors)
+
+
+class RelayProgram(Program):
+    """A copy of relay.py that runs as a process. Its constants and its text can be changed."""
+
+    def __init__(self, folder, options, edits, constants):
+        command = [sys.executable, '-W', 'error', 'relay.py', '--host', '127.0.0.1']
+        super().__init__(folder, *command, '--port', 0, '--metrics-port', 0, *options)
+        self.edits, self.constants = edits, constants
+        self.install(relay.__version__)
+
+    def install(self, version, *edits):
+        """Put a version of relay.py, with some edits, where the process looks for it."""
+        text = (HERE / 'relay.py').read_text()
+        for name, value in {'__version__': version, **self.constants}.items():
+            text, count = re.subn(rf'(?m)^{name} = .*', f'{name} = {value!r}', text)
+            assert count == 1, name
+        for old, new in (*self.edits, *edits):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (self.folder / 'relay.py').write_text(text)
+
+    async def serves(self):
+        """Wait until it serves, and note where."""
+        line = await self.logs('Serving metrics on ')
+        self.metrics_port = int(line.rpartition(':')[2])
+        lines = self.lines('Serving relay server on ')
+        self.ports = [int(line.rpartition(':')[2]) for line in lines]
+        scheme = 'wss' if '--certfile' in self.command else 'ws'
+        self.url = f'{scheme}://127.0.0.1:{self.ports[0]}'
+
+    async def samples(self):
+        return samples_in((await fetch(self.metrics_port))[1])
+
+    async def upgrade(self, version='9.0.0', *edits):
+        """Upgrade the process, and return its log line about that."""
+        self.install(version, *edits)
+        return await self.signal(signal.SIGUSR2, 'Upgraded ')
+
+    @contextlib.asynccontextmanager
+    async def gap(self, *edits):
+        """Upgrade the process, and stop it in the middle for as long as the block runs."""
+        for name in ('waiting', 'go'):
+            (self.folder / name).unlink(missing_ok=True)
+        self.install('9.0.0', *edits)
+        upgrading = asyncio.ensure_future(self.signal(signal.SIGUSR2, 'Upgraded '))
+        await until((self.folder / 'waiting').exists)
+        yield
+        (self.folder / 'go').touch()
+        await upgrading
+
+    def descriptors(self):
+        names = []
+        for path in Path(f'/proc/{self.child.pid}/fd').iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                names.append(os.readlink(path))
+        return names
+
+    def listening(self):
+        """Return the sockets on which the process listens; the kernel numbers them."""
+        rows = ''.join(Path(f'/proc/net/{name}').read_text() for name in ('tcp', 'tcp6'))
+        rows = [row.split() for row in rows.splitlines()]
+        sockets = {f'socket:[{row[9]}]' for row in rows if row[3] == '0A'}
+        return sockets.intersection(self.descriptors())
+
+
+@contextlib.asynccontextmanager
+async def running(*options, files=None, edits=(), **constants):
+    """Run relay.py as a process that may open so many files; yields it once it serves.
+
+    Names in capitals are constants of relay.py.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        program = RelayProgram(Path(folder), options, edits, constants)
+        if files is not None:
+            program.command[:0] = 'bash', '-c', f'ulimit -n {files}; exec "$@"', 'bash'
+        with program:
+            await program.serves()
+            yield program
+            assert program.errors.read_text() == ''
+
+
+@pytest.fixture
+def upgradable():
+    """Return `running`; upgrades only work on Linux."""
+    if sys.platform != 'linux':
+        pytest.skip('needs Linux')
+    return running
+
+
 # ------------------------------------------------------------------------------- Command line
-
-
-@contextlib.contextmanager
-def ended_in_time(process):
-    """End a process in the end, or when it takes so long that a test would wait for ever."""
-    timer = threading.Timer(20, process.kill)
-    timer.start()
-    try:
-        yield process
-    finally:
-        timer.cancel()
-        process.kill()
-
-
-@contextlib.contextmanager
-def running_program(*options, hosts=1, **limits):
-    """Run relay.py as a process, with other limits if given; yields it when it listens."""
-    program = [HERE / 'relay.py']
-    if limits:
-        changes = ''.join(f'relay.{name} = {value}\n' for name, value in limits.items())
-        program = ['-c', f'import relay\n{changes}raise SystemExit(relay.main())']
-    command = [sys.executable, '-W', 'error', *program, '--port', '0', *options]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'encoding': 'utf-8'}
-    with subprocess.Popen(command, cwd=HERE, **pipes) as process, ended_in_time(process):
-        process.lines, process.ports = [], []
-        while len(process.ports) < hosts:
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            process.lines.append(line)
-            process.ports += map(int, re.findall(r'Serving relay server on .*:(\d+)', line))
-        process.url = 'ws://127.0.0.1:%d' % process.ports[0]
-        yield process
-
-
-def ended_well(process):
-    """Wait for a program to end, see that it was no error, and return the rest of its log."""
-    # What a readline has read ahead, communicate would lose.
-    rest, errors = process.stdout.read(), process.stderr.read()
-    assert (process.wait(), errors) == (0, '')
-    return rest
 
 
 def forked(program, *options):
@@ -880,6 +990,7 @@ def forked(program, *options):
 
     def run():
         signal.alarm(20)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio.run has its own
         sys.stdout, sys.stderr = files
         os.dup2(files[0].fileno(), 1)
         os.dup2(files[1].fileno(), 2)
@@ -961,26 +1072,26 @@ def test_the_file_can_be_started_by_its_name(options, result):
 
 @pytest.mark.parametrize('signals', ['SIGTERM', 'SIGINT', 'SIGTERM SIGTERM', 'SIGTERM SIGINT'])
 async def test_a_signal_closes_the_clients_and_stops_the_relay(signals):
-    with running_program('--host', '127.0.0.1') as process:
-        async with registered(process, A) as peer:
+    async with running() as program:
+        async with registered(program, A) as peer:
             for name in signals.split():
-                process.send_signal(signal.Signals[name])
+                program.child.send_signal(signal.Signals[name])
             assert await peer.closed_with() == CloseCode.GOING_AWAY
-        lines = [*process.lines, *ended_well(process).splitlines()]
+        await program.ends()
+        lines = program.log.read_text().splitlines()
     form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] (INFO |WARNING) \(relay\) :: \S.*'
-    assert len(lines) == 5 and all(re.fullmatch(form, line.strip()) for line in lines)
+    assert len(lines) == 6 and all(re.fullmatch(form, line) for line in lines)
 
 
 async def test_a_client_that_neither_reads_nor_closes_does_not_delay_the_stop():
-    options = ['--host', '127.0.0.1', '--log-level', 'info']
-    with running_program(*options, STOP_TIMEOUT=0.1) as process:
-        async with registered(process, A) as peer:
+    async with running(STOP_TIMEOUT=0.1) as program:
+        async with registered(program, A) as peer:
             stall(peer)
-            process.terminate()
-            # Otherwise, a client has ten seconds to close.
-            assert process.wait(5) == 0
+            program.child.terminate()
+            # Otherwise, a client has ten seconds to close, longer than this test may take.
+            await program.ends()
             peer.websocket.transport.abort()
-        log = process.stdout.read()
+        log = program.log.read_text()
     assert re.search(r'Unregistered .*\n.*Server closed\n', log) and 'Traceback' not in log
 
 
@@ -989,25 +1100,24 @@ async def test_a_connection_without_a_whole_request_does_not_delay_the_stop(secu
     assert relay.STOP_HANDSHAKE < 5
     options = ['--certfile', pem / 'both.pem'] if secure else []
     trust = trusting(pem) if secure else None
-    with running_program('--host', '127.0.0.1', *options, STOP_HANDSHAKE=0.1) as process:
+    async with running(*options, STOP_HANDSHAKE=0.1) as program:
         async with (
-            wired(process, trust, opened=False),  # sends nothing
-            wired(process, trust, opened=False) as wire,
+            wired(program, trust, opened=False),  # sends nothing
+            wired(program, trust, opened=False) as wire,
         ):
             wire.send(b'GET / HTTP/1.1\r\nUp')
             # Connections are accepted in order.
-            async with wired(process, trust):
+            async with wired(program, trust):
                 pass
-            process.terminate()
+            program.child.terminate()
             # Otherwise, a handshake has ten seconds, longer than this test may take.
-            await asyncio.to_thread(ended_well, process)
+            await program.ends()
 
 
-def test_the_program_listens_on_every_address_of_its_host():
+async def test_the_program_listens_on_every_address_of_its_host():
     found = socket.getaddrinfo('localhost', 0, type=socket.SOCK_STREAM)
-    options = ['--host', 'localhost', '--log-level', 'debug']
-    with running_program(*options, hosts=len({address for *_, address in found})) as process:
-        assert process.ports[0] > 0
+    async with running('--host', 'localhost') as program:
+        assert len(program.ports) == len({address for *_, address in found})
 
 
 def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
@@ -1024,14 +1134,14 @@ def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
     assert 0 < weekly.rolloverAt - time.time() <= 7 * 25 * 3600
 
 
-def test_the_open_file_limit_is_raised_to_the_hard_limit():
+async def test_the_open_file_limit_is_raised_to_the_hard_limit():
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     try:
-        with running_program() as process:
-            after = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        async with running() as program:
+            after = resource.prlimit(program.child.pid, resource.RLIMIT_NOFILE)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert after == (before[1], before[1])
@@ -1046,18 +1156,17 @@ def test_the_open_file_limit_is_raised_to_the_hard_limit():
         ('JOURNAL_STREAM=rubbish', '>&-'),
     ],
 )
-def test_the_log_goes_to_its_folder_too_in_an_odd_environment(environment, output, tmp_path):
+async def test_the_log_goes_to_its_folder_too_in_an_odd_environment(environment, output, tmp_path):
     folder = tmp_path / 'new' / 'logs'
     program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --log-dir {folder}'
-    shell = ['bash', '-c', f'{environment} exec {program} {output}']
-    with subprocess.Popen(shell, stderr=subprocess.PIPE, text=True) as process:
-        with ended_in_time(process):
-            lines = [process.stderr.readline(), process.stderr.readline()]
-            process.terminate()
-            lines += process.stderr
-            assert process.wait() == 0
-    assert 'No --token-file' in lines[1] and all(line.startswith('[') for line in lines)
-    assert (folder / 'server.log').read_text() == ''.join(lines)
+    shell = Program(tmp_path, 'bash', '-c', f'{environment} exec {program} {output}')
+    with shell:
+        await shell.logs('No --token-file')
+        shell.child.terminate()
+        assert await asyncio.to_thread(shell.child.wait) == 0
+    log = shell.errors.read_text()
+    assert log.count('\n') == 3 and all(line[0] == '[' for line in log.splitlines())
+    assert (folder / 'server.log').read_text() == log
 
 
 @pytest.mark.parametrize('function', [relay.serve, relay.Listener])
@@ -1298,56 +1407,46 @@ def test_a_token_file_that_others_may_read_is_a_warning(tokens, caplog):
     assert [r.levelname for r in caplog.records] == ['WARNING'] and tokens in caplog.text
 
 
-async def reloaded(process):
-    """Have the relay read its files again, and return the line that says how it went."""
-    process.send_signal(signal.SIGHUP)
-    line = ''
-    while 'Reload' not in line:
-        line = await asyncio.get_running_loop().run_in_executor(None, process.stdout.readline)
-    return line
-
-
 async def test_a_reload_changes_tokens_and_closes_only_revoked_clients(tokens):
-    with running_program('--token-file', tokens, '--rate', '0') as process:
+    async with running('--token-file', tokens, '--rate', 0) as program:
         async with (
-            registered(process, A, **bearer('a1')) as alice,
-            registered(process, B, **bearer('b1')) as bob,
+            registered(program, A, **bearer('a1')) as alice,
+            registered(program, B, **bearer('b1')) as bob,
         ):
             Path(tokens).write_text('alice:a1\nalice:a3')
-            assert 'Reloaded' in await reloaded(process)
+            await program.signal(signal.SIGHUP, 'Reloaded')
             assert await bob.closed_with() == CloseCode.POLICY_VIOLATION
             await exchange(alice, alice)
-            async with registered(process, B, **bearer('a3')) as new:
+            async with registered(program, B, **bearer('a3')) as new:
                 await exchange(alice, new)
                 Path(tokens).write_text('nonsense')
-                line = await reloaded(process)
-                assert 'ERROR' in line and f'{tokens}, line 1' in line
+                line = await program.signal(signal.SIGHUP, ' ERROR ')
+                assert f'{tokens}, line 1' in line
                 await exchange(alice, new)
             for gone in ('a2', 'b1'):
                 with pytest.raises(InvalidStatus):
-                    await open_websocket(process.url, **bearer(gone))
+                    await open_websocket(program.url, **bearer(gone))
 
 
 async def test_a_reload_changes_the_certificate_and_disconnects_no_client(pem, tmp_path):
     cert, key = shutil.copy(pem / 'cert.pem', tmp_path), shutil.copy(pem / 'cert.key', tmp_path)
-    with running_program('--certfile', cert, '--keyfile', key, '--rate', '0') as process:
-        address = '127.0.0.1', process.ports[0]
-        server = SimpleNamespace(url=process.url.replace('ws:', 'wss:'))
-        async with registered(server, A, ssl=trusting(pem)) as peer:
+    async with running('--certfile', cert, '--keyfile', key, '--rate', 0) as program:
+        address = '127.0.0.1', program.ports[0]
+        async with registered(program, A, ssl=trusting(pem)) as peer:
             shutil.copy(pem / 'other.pem', cert)
-            line = await reloaded(process)
-            assert 'ERROR' in line and f'the key in {key} does not belong' in line
+            line = await program.signal(signal.SIGHUP, ' ERROR ')
+            assert f'the key in {key} does not belong' in line
             assert ssl.get_server_certificate(address) == (pem / 'cert.pem').read_text()
             shutil.copy(pem / 'other.key', key)
-            assert 'Reloaded' in await reloaded(process)
+            await program.signal(signal.SIGHUP, 'Reloaded')
             assert ssl.get_server_certificate(address) == (pem / 'other.pem').read_text()
             await exchange(peer, peer)
 
 
 async def test_a_reload_without_files_disconnects_no_client():
-    with running_program('--rate', '0') as process:
-        async with registered(process, A) as peer:
-            assert 'Reloaded' in await reloaded(process)
+    async with running('--rate', 0) as program:
+        async with registered(program, A) as peer:
+            await program.signal(signal.SIGHUP, 'Reloaded')
             await exchange(peer, peer)
 
 
@@ -1606,10 +1705,10 @@ def refused(kind):
 
 
 async def test_the_health_of_a_stopping_relay_is_503():
-    with running_program('--host', '127.0.0.1') as process:
-        reader, writer = await asyncio.open_connection('127.0.0.1', process.ports[0])
-        async with registered(process, A) as peer:
-            process.terminate()
+    async with running() as program:
+        reader, writer = await asyncio.open_connection('127.0.0.1', program.ports[0])
+        async with registered(program, A) as peer:
+            program.child.terminate()
             await peer.closed_with()
             writer.write(b'GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n')
             answer = await reader.read()
@@ -1617,8 +1716,8 @@ async def test_the_health_of_a_stopping_relay_is_503():
         assert answer.startswith(b'HTTP/1.1 503 ') and answer.endswith(b'\r\n\r\nstopping\n')
 
 
-async def test_metrics_are_served_on_this_machine_only(tmp_path):
-    async with upgradable(tmp_path, host='0.0.0.0') as program:
+async def test_metrics_are_served_on_this_machine_only():
+    async with running('--host', '0.0.0.0') as program:
         address = f'127.0.0.1:{program.metrics_port}'
         assert program.lines('Serving metrics') == [f'Serving metrics on {address}']
         status, text = await fetch(program.metrics_port, '/metrics')
@@ -1763,7 +1862,7 @@ async def test_the_expiry_of_the_certificate_is_known_from_the_start_and_after_a
 ):
     cert, key = tmp_path / 'cert.pem', pem / 'cert.key'
     shutil.copy(pem / 'cert.pem', cert)
-    async with upgradable(tmp_path, '--certfile', cert, '--keyfile', key) as program:
+    async with running('--certfile', cert, '--keyfile', key) as program:
         first = (await program.samples())[EXPIRY]
         certify(key, cert, days=9)
         await program.signal(signal.SIGHUP, 'Reloaded')
@@ -1802,11 +1901,11 @@ def heard(sock, word):
     return text
 
 
-def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
+async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '200000')
-    with running_program('--host', '127.0.0.1', '--token-file', tokens) as process:
+    async with running('--token-file', tokens) as program:
         heard(systemd, 'READY=1')
-        socket.create_connection(('127.0.0.1', process.ports[0])).close()
+        socket.create_connection(('127.0.0.1', program.ports[0])).close()
         began = time.monotonic()
         for _ in range(3):
             assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
@@ -1814,21 +1913,19 @@ def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, mo
         assert time.monotonic() - began >= 0.15
         for text in ('alice:a1\n', 'nonsense\n'):  # the second reload fails
             Path(tokens).write_text(text)
-            process.send_signal(signal.SIGHUP)
+            program.child.send_signal(signal.SIGHUP)
             reloading = heard(systemd, 'RELOADING=1')
             microseconds = int(re.fullmatch(r'RELOADING=1\nMONOTONIC_USEC=(\d+)', reloading)[1])
             assert 0 <= time.monotonic() - microseconds / 1e6 < 5
             heard(systemd, 'READY=1')
-        process.terminate()
+        program.child.terminate()
         heard(systemd, 'STOPPING=1')
 
 
-def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
+async def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
     monkeypatch.setenv('NOTIFY_SOCKET', str(tmp_path / 'nobody'))
-    with running_program() as process:
-        process.send_signal(signal.SIGHUP)
-        while 'Reloaded' not in (line := process.stdout.readline()):
-            assert line
+    async with running() as program:
+        await program.signal(signal.SIGHUP, 'Reloaded')
 
 
 @pytest.mark.parametrize(
@@ -1854,11 +1951,11 @@ def test_lines_for_the_journal_have_a_level_and_no_time():
 async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
     stream, form, tmp_path, monkeypatch
 ):
-    log = tmp_path / 'out'
+    log = tmp_path / 'log'
     log.touch()
     journal = f'{log.stat().st_dev}:{log.stat().st_ino}'
     monkeypatch.setenv('JOURNAL_STREAM', stream or journal)
-    async with upgradable(tmp_path) as program:
+    with Program(tmp_path, sys.executable, HERE / 'relay.py', '--port', 0) as program:
         await program.logs('No --tok')
         assert log.read_text().splitlines()[-1].startswith(form)
 
@@ -1869,11 +1966,6 @@ async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
 
 on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
 UPGRADES = 4  # in a row, to see whether one leaves something behind
-
-
-def run_upgrades(test):
-    """Run a test of upgrades, which only work on Linux; each takes about half a second."""
-    return on_linux(run_within(60)(test))
 
 
 def prefixed(code):
@@ -1894,99 +1986,6 @@ WAIT = """
 TRYING = waiting("'RELAY_TRIAL' in os.environ")
 RESTORING = waiting("'RELAY_TRIAL' not in os.environ")
 EXECUTING = '        os.execve(', f'        if True:{WAIT}        os.execve('
-
-
-class Program:
-    """A copy of relay.py in a folder, run as a process."""
-
-    def __init__(self, folder, options, edits):
-        self.folder, self.log, self.errors = folder, folder / 'out', folder / 'err'
-        self.edits = edits
-        self.install(relay.__version__)
-        command = [sys.executable, '-W', 'error', 'relay.py', '--port', '0', *options]
-        command += ['--metrics-port', '0']
-        with self.log.open('w') as out, self.errors.open('w') as err:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
-
-    def install(self, version, *edits):
-        """Put a version of relay.py, with some edits, where the process looks for it."""
-        text = (HERE / 'relay.py').read_text()
-        version = f"__version__ = '{relay.__version__}'", f"__version__ = '{version}'"
-        for old, new in (version, *self.edits, *edits):
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        (self.folder / 'relay.py').write_text(text)
-
-    def lines(self, word):
-        """Return the lines of the log that contain a word, without the time and level."""
-        lines = [line for line in self.log.read_text().splitlines() if word in line]
-        return [line.partition(' :: ')[2] or line for line in lines]
-
-    async def logs(self, word, count=1):
-        """Wait until so many lines of the log contain a word, and return the last of them."""
-        while len(self.lines(word)) < count:
-            text = self.log.read_text() + self.errors.read_text()
-            assert self.process.poll() is None or len(self.lines(word)) >= count, text
-            await asyncio.sleep(0.005)
-        return self.lines(word)[count - 1]
-
-    async def signal(self, number, word):
-        """Send a signal, and return the next line of the log that contains a word."""
-        count = len(self.lines(word)) + 1
-        self.process.send_signal(number)
-        return await self.logs(word, count)
-
-    async def upgrade(self, version='9.0.0', *edits):
-        """Upgrade the process, and return its log line about that."""
-        self.install(version, *edits)
-        return await self.signal(signal.SIGUSR2, 'Upgraded ')
-
-    @contextlib.asynccontextmanager
-    async def gap(self, *edits):
-        """Upgrade the process, and stop it in the middle for as long as the block runs."""
-        for name in ('waiting', 'go'):
-            (self.folder / name).unlink(missing_ok=True)
-        self.install('9.0.0', *edits)
-        upgrading = asyncio.ensure_future(self.signal(signal.SIGUSR2, 'Upgraded '))
-        await until((self.folder / 'waiting').exists)
-        yield
-        (self.folder / 'go').touch()
-        await upgrading
-
-    async def samples(self):
-        return samples_in((await fetch(self.metrics_port))[1])
-
-    def descriptors(self):
-        names = []
-        for path in Path(f'/proc/{self.process.pid}/fd').iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it was closed just now
-                names.append(os.readlink(path))
-        return names
-
-    def listening(self):
-        """Return the sockets on which the process listens; the kernel numbers them."""
-        rows = ''.join(Path(f'/proc/net/{name}').read_text() for name in ('tcp', 'tcp6'))
-        rows = [row.split() for row in rows.splitlines()]
-        sockets = {f'socket:[{row[9]}]' for row in rows if row[3] == '0A'}
-        return sockets.intersection(self.descriptors())
-
-
-@contextlib.asynccontextmanager
-async def upgradable(folder, *options, host='127.0.0.1', edits=()):
-    """Run a copy of relay.py as a process; yields it once it serves."""
-    program = Program(folder, ['--host', host, *options], edits)
-    try:
-        line = await program.logs('Serving metrics on ')
-        program.metrics_port = int(line.rpartition(':')[2])
-        lines = program.lines('Serving relay server on ')
-        program.ports = [int(line.rpartition(':')[2]) for line in lines]
-        scheme = 'wss' if '--certfile' in options else 'ws'
-        program.url = f'{scheme}://127.0.0.1:{program.ports[0]}'
-        yield program
-        assert program.errors.read_text() == ''
-    finally:
-        program.process.kill()
-        program.process.wait()
 
 
 async def numbered(sender, receiver, stop, window=8):
@@ -2033,10 +2032,9 @@ async def until_read(program):
         await program.samples()
 
 
-@run_upgrades
-async def test_pairs_lose_nothing_over_several_upgrades(tmp_path):
-    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
-        pid, versions = program.process.pid, [relay.__version__, '9.0', '9.1', '9.2']
+async def test_pairs_lose_nothing_over_several_upgrades(upgradable):
+    async with upgradable() as program, contextlib.AsyncExitStack() as stack:
+        pid, versions = program.child.pid, [relay.__version__, '9.0', '9.1', '9.2']
         pairs = [await stack.enter_async_context(pair_of(program)) for _ in range(5)]
         async with talking(*pairs):
             for old, new in zip(versions, versions[1:]):
@@ -2044,7 +2042,7 @@ async def test_pairs_lose_nothing_over_several_upgrades(tmp_path):
                 kept = r'in \d+\.\d\d s: 10 clients kept, 0 closed'
                 assert re.fullmatch(f'Upgraded {re.escape(f"{old} to {new}")} {kept}', line)
                 assert ' INFO ' in program.log.read_text().splitlines()[-1]
-        assert program.process.poll() is None and program.process.pid == pid
+        assert program.child.poll() is None and program.child.pid == pid
         values = await program.samples()
         assert values['relay_connected_clients'] == 10
         assert values['relay_registered_clients{generation="relay"}'] == 5
@@ -2072,9 +2070,8 @@ def fragmented(text, cuts):
     return frames
 
 
-@run_upgrades
-async def test_an_upgrade_keeps_incomplete_messages(tmp_path):
-    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+async def test_an_upgrade_keeps_incomplete_messages(upgradable):
+    async with upgradable() as program, contextlib.AsyncExitStack() as stack:
         begun = []
         for cuts, pings, count in BEGUN.values():
             wire = await (await stack.enter_async_context(wired(program))).register()
@@ -2092,9 +2089,8 @@ async def test_an_upgrade_keeps_incomplete_messages(tmp_path):
             assert await wire.hear() == offer, name
 
 
-@run_upgrades
-async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(tmp_path):
-    async with upgradable(tmp_path) as program, wired(program) as wire:
+async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(upgradable):
+    async with upgradable() as program, wired(program) as wire:
         await wire.register()
         wire.send(frame_of(TEXT, b'x' * 700_000, 0))
         await until_read(program)
@@ -2103,9 +2099,8 @@ async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(tm
         assert (await wire.end())[1] == 1009
 
 
-@run_upgrades
-async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
-    async with upgradable(tmp_path, '--rate', '400') as program, pair_of(program) as pair:
+async def test_messages_that_wait_for_their_rate_are_kept(upgradable):
+    async with upgradable('--rate', '400') as program, pair_of(program) as pair:
         stop = asyncio.Event()
         # More than it may send at once, so that some always wait.
         talk = asyncio.ensure_future(numbered(*pair, stop, window=200))
@@ -2114,10 +2109,9 @@ async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
         assert await talk > 200
 
 
-@run_upgrades
-async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(tmp_path):
+async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(upgradable):
     options = '--rate', '10', '--ping-interval', '0'  # a ping would wake the relay
-    async with upgradable(tmp_path, *options) as program:
+    async with upgradable(*options) as program:
         async with registered(program, A, ping_interval=None) as peer:
             await peer.ask(peer.offer(A, description='x' * 900_000))  # which uses up 5 seconds
             await peer.say(peer.offer(A))
@@ -2125,11 +2119,9 @@ async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(tm
             assert await peer.hear() == peer.offer(A)
 
 
-@run_upgrades
-async def test_a_registration_that_waits_for_a_takeover_is_kept(tmp_path):
+async def test_a_registration_that_waits_for_a_takeover_is_kept(upgradable):
     # Longer than an upgrade takes.
-    slow = 'TAKEOVER_TIMEOUT = 0.5', 'TAKEOVER_TIMEOUT = 20'
-    async with upgradable(tmp_path, edits=[slow]) as program, wired(program) as old:
+    async with upgradable(TAKEOVER_TIMEOUT=20) as program, wired(program) as old:
         await old.register()
         async with wired(program) as new:
             new.send(said(json.dumps(old.peer.registration())))
@@ -2141,13 +2133,11 @@ async def test_a_registration_that_waits_for_a_takeover_is_kept(tmp_path):
                 assert await new.hear() == offer
 
 
-@run_upgrades
-async def test_an_upgrade_does_not_restart_the_time_to_register(tmp_path):
-    limit = 'REGISTER_TIMEOUT = 30'
-    async with upgradable(tmp_path, edits=[(limit, 'REGISTER_TIMEOUT = 1')]) as program:
+async def test_an_upgrade_does_not_restart_the_time_to_register(upgradable):
+    async with upgradable(REGISTER_TIMEOUT=1) as program:
         began = time.monotonic()
         async with wired(program) as late, wired(program) as early:
-            program.edits = [(limit, 'REGISTER_TIMEOUT = 300')]  # if it were to begin again
+            program.constants['REGISTER_TIMEOUT'] = 300  # if it were to begin again
             await program.upgrade()
             in_time = time.monotonic() - began < 0.5
             if in_time:
@@ -2173,10 +2163,9 @@ async def unread(program, sender, texts):
         yield slow, offers
 
 
-@run_upgrades
-async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_path):
+async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(upgradable):
     texts = [f'{number} ' + chr(97 + number) * 40_000 for number in range(25)]
-    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+    async with upgradable() as program, registered(program, A) as sender:
         async with unread(program, sender, texts) as (slow, offers):
             assert (await program.samples())['relay_buffered_bytes'] > 500_000
             assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
@@ -2186,9 +2175,8 @@ async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_
             assert [await slow.hear() for _ in range(26)] == [*offers, offer]
 
 
-@run_upgrades
-async def test_closing_clients_that_do_not_read_get_their_messages_and_their_codes(tmp_path):
-    async with upgradable(tmp_path, '--rate', '0') as program, registered(program, A) as sender:
+async def test_closing_clients_that_do_not_read_get_their_messages_and_their_codes(upgradable):
+    async with upgradable('--rate', '0') as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
             enter, texts = stack.enter_async_context, ['x' * 40_000] * 10
             closing = [await enter(unread(program, sender, texts)) for _ in range(3)]
@@ -2211,33 +2199,30 @@ async def test_closing_clients_that_do_not_read_get_their_messages_and_their_cod
             await exchange(sender, peer)
 
 
-@run_upgrades
-async def test_a_client_that_does_not_close_is_dropped_in_time_after_the_upgrade(tmp_path):
+async def test_a_client_that_does_not_close_is_dropped_in_time_after_the_upgrade(upgradable):
     limit = 'close_timeout: float = 10', 'close_timeout: float = 0.1'
-    async with upgradable(tmp_path) as program, wired(program) as displaced:
+    async with upgradable() as program, wired(program) as displaced:
         await displaced.register()
         async with registered(program, displaced.peer.uuid):
             await program.upgrade('9.0.0', limit)
             assert await displaced.end() == ([], 1001)
 
 
-@run_upgrades
-async def test_an_upgrade_reads_the_state_line_by_line(tmp_path):
-    async with upgradable(tmp_path, '--rate', '0') as program, registered(program, A) as sender:
+async def test_an_upgrade_reads_the_state_line_by_line(upgradable):
+    async with upgradable('--rate', '0') as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(24):
                 await stack.enter_async_context(unread(program, sender, ['x' * 250_000] * 4))
             held = (await program.samples())['relay_buffered_bytes']
             await program.upgrade()
             assert (await program.samples())['relay_buffered_bytes'] > 2**24
-            status = Path(f'/proc/{program.process.pid}/status').read_text()
+            status = Path(f'/proc/{program.child.pid}/status').read_text()
             now, peak = (int(re.search(rf'{k}:\s+(\d+)', status)[1]) for k in ('VmRSS', 'VmHWM'))
             assert (peak - now) * 1024 < held / 2
 
 
-@run_upgrades
-async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
-    async with upgradable(tmp_path) as program, registered(program, A) as peer:
+async def test_a_newcomer_during_the_upgrade_waits_and_is_served(upgradable):
+    async with upgradable() as program, registered(program, A) as peer:
         async with contextlib.AsyncExitStack() as stack:
             async with program.gap(RESTORING):
                 newcomer = asyncio.ensure_future(open_websocket(program.url))
@@ -2252,9 +2237,8 @@ async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
             assert await hasty.hear() == hasty.peer.response()
 
 
-@run_upgrades
-async def test_messages_sent_during_an_upgrade_are_handled_after_it(tmp_path):
-    async with upgradable(tmp_path) as program, pair_of(program) as (one, other):
+async def test_messages_sent_during_an_upgrade_are_handled_after_it(upgradable):
+    async with upgradable() as program, pair_of(program) as (one, other):
         async with wired(program) as ended, wired(program) as reset, wired(program) as closing:
             wires = [await wire.register() for wire in (ended, reset, closing)]
             async with program.gap(RESTORING):
@@ -2271,9 +2255,8 @@ async def test_messages_sent_during_an_upgrade_are_handled_after_it(tmp_path):
         await exchange(one, other)
 
 
-@run_upgrades
-async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(tmp_path):
-    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(upgradable):
+    async with upgradable() as program, contextlib.AsyncExitStack() as stack:
         async with registered(program, A), program.gap(TRYING):
             peers = [await stack.enter_async_context(registered(program, uuid4())) for _ in '123']
         assert program.lines('Upgraded ')[0].endswith(': 4 clients kept, 0 closed')
@@ -2286,11 +2269,10 @@ async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(tmp_pa
 
 
 @pytest.mark.parametrize('host', ['', '::1', 'localhost'])
-@run_upgrades
-async def test_the_listening_sockets_are_the_same(tmp_path, host):
+async def test_the_listening_sockets_are_the_same(upgradable, host):
     if host == '::1' and not Path('/proc/net/if_inet6').read_text():
         pytest.skip('no IPv6 here')
-    async with upgradable(tmp_path, host=host) as program:
+    async with upgradable('--host', host) as program:
         sockets = program.listening()
         assert len(sockets) == len(program.ports) + 1
         assert (await program.upgrade()).endswith(': 0 clients kept, 0 closed')
@@ -2303,10 +2285,9 @@ async def test_the_listening_sockets_are_the_same(tmp_path, host):
                 await exchange(peer, peer)
 
 
-@run_upgrades
-async def test_an_upgrade_keeps_the_metrics_and_the_log_file(tmp_path):
+async def test_an_upgrade_keeps_the_metrics_and_the_log_file(upgradable):
     options = '--rate', '0', '--log-dir', 'logs'
-    async with upgradable(tmp_path, *options) as program, pair_of(program) as pair:
+    async with upgradable(*options) as program, pair_of(program) as pair:
         for _ in range(20):
             await exchange(*pair)
         await pair[0].ask('nope')
@@ -2315,7 +2296,7 @@ async def test_an_upgrade_keeps_the_metrics_and_the_log_file(tmp_path):
             before = await program.samples()
             await program.upgrade('7.8.9')
             after = await program.samples()
-        file = tmp_path / 'logs/server.log'
+        file = program.folder / 'logs/server.log'
         assert "('laptop', at 127.0.0.1:" in await program.logs('Unregistered', 2)
         await until(lambda: file.read_text() == program.log.read_text())
     same = [name for name in before if re.search(r'_total\b', name)]
@@ -2327,10 +2308,9 @@ async def test_an_upgrade_keeps_the_metrics_and_the_log_file(tmp_path):
     assert [name for name in after if 'version="7.8.9"' in name and 'relay_build_info' in name]
 
 
-@run_upgrades
-async def test_an_upgrade_closes_clients_over_tls_with_1012(tmp_path, pem):
+async def test_an_upgrade_closes_clients_over_tls_with_1012(upgradable, pem):
     tls = {'ssl': trusting(pem)}
-    async with upgradable(tmp_path, '--certfile', pem / 'both.pem') as program:
+    async with upgradable('--certfile', pem / 'both.pem') as program:
         async with registered(program, A, **tls) as peer, connected(program, **tls) as other:
             before = await program.samples()
             line = await program.upgrade()
@@ -2357,13 +2337,13 @@ WRONG = [
 ]
 
 
-@run_upgrades
-async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
+async def test_a_version_that_does_not_start_changes_nothing(upgradable, tokens):
     options, token = ('--rate', '500', '--token-file', tokens), bearer('a1')
-    async with upgradable(tmp_path, *options) as program, pair_of(program, **token) as pair:
+    async with upgradable(*options) as program, pair_of(program, **token) as pair:
         for name, edit, reason in WRONG:
             program.install('9.0.0')
-            path, count = tmp_path / name, len(program.lines(''))
+            path = program.folder / (tokens if name == 'tokens' else name)
+            count = len(program.lines())
             right = path.read_text()
             if edit:
                 path.write_text(right.replace(*edit))
@@ -2373,17 +2353,16 @@ async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
             assert line.startswith('Upgrade failed, keeping the running version: ')
             assert reason in line and line.isprintable() and len(line) < 700
             await exchange(*pair)
-            assert program.lines('')[count:] == [line]
+            assert program.lines()[count:] == [line]
             version = f'version="{relay.__version__}"'
             assert any(version in name for name in await program.samples())
             path.write_text(right)
         assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
 
 
-@run_upgrades
-async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(tmp_path):
+async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(upgradable):
     failing = '        os.execve(', "        raise OSError('in vain')\n        os.execve("
-    async with upgradable(tmp_path, edits=[failing]) as program, pair_of(program) as pair:
+    async with upgradable(edits=[failing]) as program, pair_of(program) as pair:
         for _ in range(2):
             line = await program.signal(signal.SIGUSR2, ' ERROR ')
             assert line == 'Upgrade failed, keeping the running version: in vain'
@@ -2392,11 +2371,10 @@ async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(tmp_path):
                 await exchange(peer, peer)
 
 
-@run_upgrades
-async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
+async def test_a_client_that_cannot_be_restored_costs_only_itself(upgradable):
     head = 'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n'
     broken = head, f"{head}    if saved['name'] == 'broken':\n        del saved['address']\n"
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+    async with upgradable() as program, pair_of(program) as pair:
         async with registered(program, A, 'broken') as peer:
             line = await program.upgrade('9.0.0', broken)
             assert line.endswith(': 2 clients kept, 1 closed')
@@ -2406,9 +2384,8 @@ async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
         assert (await program.samples())['relay_connected_clients'] == 2
 
 
-@run_upgrades
-async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(tmp_path, tokens):
-    async with upgradable(tmp_path, '--token-file', tokens) as program:
+async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(upgradable, tokens):
+    async with upgradable('--token-file', tokens) as program:
         async with registered(program, A, **bearer('a1')) as alice:
             async with registered(program, A, **bearer('b1')) as bob:
                 async with registered(program, B, **bearer('a2:x#y')) as revoked:
@@ -2420,12 +2397,11 @@ async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(tmp_path,
                 assert (await alice.ask(alice.offer(B)))['error'] == unknown(B)
 
 
-@run_upgrades
-async def test_upgrades_leave_nothing_behind(tmp_path):
+async def test_upgrades_leave_nothing_behind(upgradable):
     def files():
         return sorted(re.sub(r'\d+', '', name) for name in program.descriptors())
 
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+    async with upgradable() as program, pair_of(program) as pair:
         before, memory = files(), []
         for number in range(UPGRADES):
             async with registered(program, uuid4()) as leaving:
@@ -2438,14 +2414,13 @@ async def test_upgrades_leave_nothing_behind(tmp_path):
         await exchange(*pair)
 
 
-@run_upgrades
-async def test_many_signals_in_a_row_do_no_harm(tmp_path):
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+async def test_many_signals_in_a_row_do_no_harm(upgradable):
+    async with upgradable() as program, pair_of(program) as pair:
         for signals in ('UU', 'UUUUU', 'UH', 'HU', 'HUHUH'):
             count = len(program.lines('Upgraded ')) + 1
             async with talking(pair):
                 for letter in signals:
-                    program.process.send_signal({'U': signal.SIGUSR2, 'H': signal.SIGHUP}[letter])
+                    program.child.send_signal({'U': signal.SIGUSR2, 'H': signal.SIGHUP}[letter])
                 await program.logs('Upgraded ', count)
         assert not program.lines('ERROR')
         await program.upgrade()
@@ -2454,64 +2429,59 @@ async def test_many_signals_in_a_row_do_no_harm(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM], ids=str)
 @pytest.mark.parametrize('old, new', [([EXECUTING], []), ([], [RESTORING])], ids=['old', 'new'])
-@run_upgrades
-async def test_a_signal_during_the_upgrade_does_not_kill(tmp_path, old, new, number):
-    async with upgradable(tmp_path, edits=old) as program, pair_of(program) as pair:
+async def test_a_signal_during_the_upgrade_does_not_kill(upgradable, old, new, number):
+    async with upgradable(edits=old) as program, pair_of(program) as pair:
         async with program.gap(*new):
-            program.process.send_signal(number)
+            program.child.send_signal(number)
         if number == signal.SIGTERM:
             assert await pair[0].closed_with() == 1001
             await pair[1].closed_with()
-            assert program.process.wait(20) == 0
+            assert program.child.wait(20) == 0
         else:
             await exchange(*pair)
 
 
 @pytest.mark.parametrize('number', [*relay.UPGRADE_SIGNALS], ids=str)
-@run_upgrades
-async def test_a_signal_does_not_kill_a_relay_that_has_stopped(tmp_path, number):
+async def test_a_signal_does_not_kill_a_relay_that_has_stopped(upgradable, number):
     end = '    return 0\n\n\nif __name__'
-    async with upgradable(tmp_path, edits=[(end, f'    if True:{WAIT}{end}')]) as program:
-        program.process.terminate()
-        await until((tmp_path / 'waiting').exists)
-        program.process.send_signal(number)
-        (tmp_path / 'go').touch()
-        assert await asyncio.to_thread(program.process.wait, 20) == 0
+    async with upgradable(edits=[(end, f'    if True:{WAIT}{end}')]) as program:
+        program.child.terminate()
+        await until((program.folder / 'waiting').exists)
+        program.child.send_signal(number)
+        (program.folder / 'go').touch()
+        assert await asyncio.to_thread(program.child.wait, 20) == 0
 
 
 @pytest.mark.parametrize('stop', [signal.SIGTERM, signal.SIGINT], ids=str)
-@run_upgrades
-async def test_a_stop_wins_over_an_upgrade(tmp_path, stop):
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+async def test_a_stop_wins_over_an_upgrade(upgradable, stop):
+    async with upgradable() as program, pair_of(program) as pair:
         program.install('9.0.0', prefixed('import time; time.sleep(9)'))
         for number in (signal.SIGUSR2, stop, signal.SIGUSR2):
-            program.process.send_signal(number)
+            program.child.send_signal(number)
         assert [await peer.closed_with() for peer in pair] == [1001, 1001]
-        await until(lambda: program.process.poll() is not None)
-        assert program.process.returncode == 0
-        assert program.lines('')[-1] == 'Server closed'
+        await until(lambda: program.child.poll() is not None)
+        assert program.child.returncode == 0
+        assert program.lines()[-1] == 'Server closed'
         assert not program.lines('ERROR')
 
 
-def test_a_relay_that_is_about_to_serve_is_not_killed_by_the_signal(tmp_path):
+async def test_a_relay_that_is_about_to_serve_is_not_killed_by_the_signal(tmp_path):
     os.mkfifo(tmp_path / 'tokens', 0o600)
-    options = '--host', '127.0.0.1', '--port', '0', '--token-file', tmp_path / 'tokens'
-    command = [sys.executable, HERE / 'relay.py', *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        with ended_in_time(process):
-            with open(tmp_path / 'tokens', 'w') as file:  # it reads this before it serves
-                process.send_signal(signal.SIGUSR2)
-                file.write('alice:a1\n')
-            assert 'Serving relay server' in process.stdout.readline()
-            process.terminate()
-            assert process.stdout.read().endswith('Server closed\n')
+    options = '--host', '127.0.0.1', '--port', '0', '--token-file', 'tokens'
+    with Program(tmp_path, sys.executable, HERE / 'relay.py', *options) as program:
+        with open(tmp_path / 'tokens', 'w') as file:  # it reads this before it serves
+            program.child.send_signal(signal.SIGUSR2)
+            file.write('alice:a1\n')
+        await program.logs('Serving relay server')
+        program.child.terminate()
+        await program.ends()
+        assert program.lines()[-1] == 'Server closed'
 
 
 @pytest.mark.parametrize('systemd', ['abstract'], indirect=True)
-@run_upgrades
-async def test_an_upgrade_notifies_systemd(tmp_path, systemd, monkeypatch):
+async def test_an_upgrade_notifies_systemd(upgradable, systemd, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '400000')
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+    async with upgradable() as program, pair_of(program) as pair:
         for _ in range(3):
             await exchange(*pair)
         await program.upgrade()
@@ -2690,10 +2660,10 @@ async def test_check_says_that_two_relays_need_nats():
     assert line.startswith(f'{one.url} and {other.url}: Cannot forward ') and line.endswith(hint)
 
 
-def test_check_is_one_line_and_a_status():
+async def test_check_is_one_line_and_a_status():
     assert fails('--check', 'ws://127.0.0.1:1').startswith('relay.py: ws://127.0.0.1:1: [Errno ')
-    with running_program('--host', '127.0.0.1') as process:
-        command = [sys.executable, HERE / 'relay.py', '--check', process.url]
+    async with running() as program:
+        command = [sys.executable, HERE / 'relay.py', '--check', program.url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
 
@@ -2713,15 +2683,13 @@ def test_a_check_that_is_interrupted_in_the_middle_of_anything_is_one_line(monke
     assert fails('--check', 'ws://127.0.0.1:1') == 'relay.py: interrupted\n'
 
 
-def test_a_check_that_is_interrupted_is_one_line():
+async def test_a_check_that_is_interrupted_is_one_line(tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as silent:
         url = 'ws://127.0.0.1:%d' % silent.getsockname()[1]
-        command = [sys.executable, HERE / 'relay.py', '--check', url]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            with ended_in_time(process), silent.accept()[0]:
-                process.send_signal(signal.SIGINT)
-                assert process.stderr.read() == 'relay.py: interrupted\n'
-    assert process.returncode == 1
+        with Program(tmp_path, sys.executable, HERE / 'relay.py', '--check', url) as program:
+            with silent.accept()[0]:
+                program.child.send_signal(signal.SIGINT)
+                await program.ends(1, 'relay.py: interrupted\n')
 
 
 # ------------------------------------------------------------------------------- Connection
@@ -3867,27 +3835,16 @@ async def drain(peer):
             await peer.websocket.recv()
 
 
-@contextlib.contextmanager
-def program_with_files(number, *options):
-    """Run relay.py as a process that may have so many open files."""
-    program = [sys.executable, HERE / 'relay.py', '--host', '127.0.0.1', '--port', '0', *options]
-    command = ['bash', '-c', f'ulimit -n {number}; exec "$@"', 'bash', *program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        with ended_in_time(process):
-            process.url = 'ws://' + process.stdout.readline().split()[-1]
-            yield process
-
-
 async def test_silent_connections_give_way_when_there_are_no_file_descriptors_left():
-    with program_with_files(40, '--max-clients', '99') as process:
-        async with registered(process, A) as one, registered(process, B) as other:
-            port = port_of(process)
+    async with running('--max-clients', 99, files=40) as program:
+        async with registered(program, A) as one, registered(program, B) as other:
+            port = port_of(program)
             silent = [await asyncio.open_connection('127.0.0.1', port) for _ in range(40)]
             await exchange(one, other)
             # There is room for 8 connections.
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(6):
-                    late = await stack.enter_async_context(registered(process, uuid4()))
+                    late = await stack.enter_async_context(registered(program, uuid4()))
                     await exchange(one, late)
                 for reader, writer in silent:
                     assert await reader.read() == b''
@@ -3895,28 +3852,28 @@ async def test_silent_connections_give_way_when_there_are_no_file_descriptors_le
 
 
 async def test_a_reload_works_while_silent_connections_use_up_the_file_descriptors(tokens):
-    with program_with_files(128, '--token-file', tokens) as process:
-        async with registered(process, A, **bearer('b1')) as peer:
+    async with running('--token-file', tokens, files=128) as program:
+        async with registered(program, A, **bearer('b1')) as peer:
             with contextlib.ExitStack() as stack:
                 for _ in range(200):
                     sock = stack.enter_context(socket.socket())
                     sock.setblocking(False)
-                    sock.connect_ex(('127.0.0.1', port_of(process)))
-                files = f'/proc/{process.pid}/fd'
+                    sock.connect_ex(('127.0.0.1', port_of(program)))
+                files = f'/proc/{program.child.pid}/fd'
                 await until(lambda: len(os.listdir(files)) > 128 - relay.RESERVED_FDS)
                 Path(tokens).write_text('alice:a1\n')
-                assert 'Reloaded' in await reloaded(process)
+                await program.signal(signal.SIGHUP, 'Reloaded')
                 assert await peer.closed_with() == CloseCode.POLICY_VIOLATION
-                async with registered(process, B, **bearer('a1')) as other:
+                async with registered(program, B, **bearer('a1')) as other:
                     await exchange(other, other)
 
 
 async def test_a_client_over_tls_takes_little_memory(pem):
-    with running_program('--host', '127.0.0.1', '--certfile', pem / 'both.pem') as process:
-        status, memory = Path(f'/proc/{process.pid}/status'), []
+    async with running('--certfile', pem / 'both.pem') as program:
+        status, memory = Path(f'/proc/{program.child.pid}/status'), []
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(60):
-                wire = await stack.enter_async_context(wired(process, trusting(pem)))
+                wire = await stack.enter_async_context(wired(program, trusting(pem)))
                 await wire.register()
                 memory.append(int(re.search(r'VmRSS:\s+(\d+)', status.read_text())[1]))
         # In KiB: about 21 each; asyncio's own TLS takes 287.
@@ -3944,39 +3901,6 @@ def port_to_come():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(('127.0.0.1', 0))
         yield sock.getsockname()[1]
-
-
-class Process:
-    """A program that can be killed, frozen and started again. Its output goes to `log`."""
-
-    def __init__(self, folder, *command):
-        self.log, self.command = Path(folder, 'log'), [str(word) for word in command]
-        self.child, self.deaths = None, []  # s, monotonic clock
-
-    def count(self, words):
-        """Return how often the log has these words."""
-        text = self.log.read_text()
-        assert self.child.poll() is None, text
-        return text.count(words)
-
-    def kill(self):
-        if self.child is not None:
-            self.deaths.append(time.monotonic())
-            self.child.kill()
-            self.child.wait()
-
-    def freeze(self):
-        self.child.send_signal(signal.SIGSTOP)
-        # Until all its threads have stopped, they pass on what they receive.
-        os.waitpid(self.child.pid, os.WUNTRACED)
-
-    def recover(self):
-        """Resume the process, or start it."""
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(signal.SIGCONT)
-        else:
-            with self.log.open('a') as log:
-                self.child = subprocess.Popen(self.command, stdout=log, stderr=log)
 
 
 class Link:
@@ -4035,8 +3959,8 @@ class Link:
 
 def run_nats(stack, *lines, routes=(), started=True):
     """Run a NATS server with lines in its configuration and routes to others of its cluster."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    server = Process(folder, NATS_SERVER, '-c', Path(folder, 'nats.conf'))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    server = Program(folder, NATS_SERVER, '-c', 'nats.conf')
     ports = [stack.enter_context(port_to_come()) for _ in range(3)]
     server.port, server.cluster, server.monitoring = ports
     server.url = f'nats://127.0.0.1:{server.port}'
@@ -4044,11 +3968,12 @@ def run_nats(stack, *lines, routes=(), started=True):
     cluster = {'name': 'c', 'port': server.cluster, 'no_advertise': True, 'routes': routes}
     lines += f'port: {server.port}', f'http_port: {server.monitoring}', 'host: 127.0.0.1'
     lines += (f'cluster: {json.dumps({"host": "127.0.0.1", **cluster})}',)
-    Path(folder, 'nats.conf').write_text('\n'.join(lines))
+    (folder / 'nats.conf').write_text('\n'.join(lines))
     stack.callback(server.kill)
     if started:
         server.recover()
-        while not server.count('Server is ready'):
+        while not server.lines('Server is ready'):
+            assert server.child.poll() is None, server.lines()
             time.sleep(0.001)
     return server
 
@@ -4102,17 +4027,11 @@ async def until_subscribed(server, *uuids):
 @contextlib.asynccontextmanager
 async def relay_process(*urls):
     """Run relay.py as a process that can be killed, frozen and started again."""
-    with tempfile.TemporaryDirectory() as folder, port_to_come() as port:
-        command = [sys.executable, '-W', 'error', HERE / 'relay.py', '--host', '127.0.0.1']
-        command += ['--port', port, '--rate', 0, *(x for url in urls for x in ('--nats', url))]
-        process = Process(folder, *command)
-        process.url = f'ws://127.0.0.1:{port}'
-        process.recover()
-        try:
-            await until(lambda: process.count('Serving') and process.count('NATS is connected'))
+    options = ['--rate', 0, *(x for url in urls for x in ('--nats', url))]
+    with port_to_come() as port:
+        async with running(*options, '--port', port) as process:
+            await process.logs('NATS is connected')
             yield process
-        finally:
-            process.kill()
 
 
 @contextlib.asynccontextmanager
@@ -4436,7 +4355,7 @@ async def lost_nats(server, strike):
         yield one, other, a, b, near
 
 
-@each('strike, late', (Process.kill, 0), (Process.freeze, 1))
+@each('strike, late', (Program.kill, 0), (Program.freeze, 1))
 async def test_local_peers_are_reached_without_nats_and_all_when_it_is_back(
     strike, late, nats_server, log, quick
 ):
@@ -4533,7 +4452,7 @@ async def test_after_a_frozen_relay_misses_a_message_no_later_one_is_sent_to_it(
         await hears_only(a)
 
 
-@each('strike', None, Process.kill, Process.freeze)
+@each('strike', None, Program.kill, Program.freeze)
 async def test_a_relay_that_stops_delivers_what_is_in_flight(strike, nats_server):
     server = nats_server()
     async with Link(server.port, delay=0.02) as slow, client_of_a_process(slow.url) as clients:
@@ -4545,7 +4464,7 @@ async def test_a_relay_that_stops_delivers_what_is_in_flight(strike, nats_server
         await say_all(b, numbered_offers(b, A, 100))
         await until_handled(b)
         process.child.terminate()
-        assert await asyncio.wait_for(asyncio.to_thread(process.child.wait), 4) == 0
+        await asyncio.wait_for(process.ends(), 4)
         assert (await closing).code == 1001
         if not strike:
             await hears_only(a, *numbered_offers(b, A, 100))
@@ -4563,7 +4482,7 @@ async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
         arrived = [json.loads(text) for text in b.last_words]
         assert arrived == offers[: len(arrived)]
         await hears_only(a, *(sent_back(x, 'unknown_peer') for x in offers[len(arrived) :]))
-        assert await asyncio.to_thread(process.child.wait) == 0
+        await process.ends()
 
 
 async def test_of_three_nats_servers_one_may_be_killed(nats_server, log, quick):
@@ -4667,11 +4586,11 @@ def test_without_nats_py_the_option_is_one_line(tmp_path, monkeypatch):
     assert line == f'relay.py: {ABSENT}; try: pip install nats-py\n'
 
 
-def test_without_the_option_nothing_of_nats_is_imported(tmp_path, monkeypatch):
+async def test_without_the_option_nothing_of_nats_is_imported(tmp_path, monkeypatch):
     replace_package('nats', 'import absent', tmp_path, monkeypatch)
-    with running_program('--host', '127.0.0.1') as process:
-        process.terminate()
-        assert (process.wait(), process.stderr.read()) == (0, '')
+    async with running() as program:
+        program.child.terminate()
+        await program.ends()
 
 
 WRONG_ADDRESSES = ['127.0.0.1', 'http://127.0.0.1', 'nats://', 'nats://:4222', 'nats://h:x']
@@ -4698,23 +4617,6 @@ async def test_a_check_connects_two_clients_across_relays(bus, tokens):
         places = f'{one.url} and {other.url}'
         assert re.fullmatch(rf'ok: two clients connected through {places} in \d+\.\d ms', line)
         assert one.counts['registrations'] == other.counts['registrations'] == 1
-
-
-async def test_relays_of_one_machine_share_a_port(bus):
-    options = '--host', '127.0.0.1', '--nats', bus
-    with running_program(*options) as one:
-        with running_program(*options, '--port', str(one.ports[0])) as other:
-            assert one.url == other.url
-            async with all_of(registered(one, uuid4()) for _ in range(20)) as peers:
-                for pair in zip(peers, peers[1:]):
-                    await until_connected(*pair)
-                for process in (one, other):
-                    process.terminate()
-                for peer in peers:
-                    await peer.closed_with()
-            logs = [process.stdout.read() for process in (one, other)]
-    counts = [log.count(' Registered') for log in logs]
-    assert min(counts) > 0 and sum(counts) == 20 and '"' not in ''.join(logs)
 
 
 @pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not installed')
@@ -5132,9 +5034,7 @@ class Checker:
     async def upgrade(self):
         """Upgrade each relay, and the first one again."""
         for process in [*self.relays, self.relays[0]]:
-            count = process.count('Upgraded ') + 1
-            process.child.send_signal(signal.SIGUSR2)
-            await until(lambda p=process, n=count: p.count('Upgraded ') == n)
+            await process.signal(signal.SIGUSR2, 'Upgraded ')
             self.counts['upgrades'] += 1
 
     async def run(self, seconds, *happenings):
@@ -5255,26 +5155,32 @@ def test_each_message_arrives_or_comes_back_during_upgrades(nats_server):
     assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', DISCONNECTED}
 
 
-@run_upgrades
-async def test_a_shared_port_stays_shared(tmp_path, bus):
-    (tmp_path / 'other').mkdir()
-    async with upgradable(tmp_path, '--nats', bus) as one:
-        # The last --port holds.
-        options = '--nats', bus, '--port', str(one.ports[0])
-        async with upgradable(tmp_path / 'other', *options) as other:
+async def test_a_shared_port_stays_shared(upgradable, bus):
+    async with upgradable('--nats', bus) as one:
+        async with upgradable('--nats', bus, '--port', one.ports[0]) as other:
             assert one.ports == other.ports
             sockets = one.listening(), other.listening()
             await one.upgrade()
             await other.upgrade()
             assert (one.listening(), other.listening()) == sockets
-            for _ in range(20):
-                async with registered(one, uuid4()) as peer:
-                    await exchange(peer, peer)
+            async with all_of(registered(one, uuid4()) for _ in range(20)) as peers:
+                for pair in zip(peers, peers[1:]):
+                    await until_connected(*pair)
+                for process in (one, other):
+                    process.child.terminate()
+                for peer in peers:
+                    await peer.closed_with()
+                for process in (one, other):
+                    await process.ends()
+            counts = [len(process.lines('Registered')) for process in (one, other)]
+            assert min(counts) > 0 and sum(counts) == 20
+            assert not one.lines('"') + other.lines('"')
 
 
-@run_upgrades
-async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(tmp_path, bus):
-    async with upgradable(tmp_path, '--nats', bus) as program:
+async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(
+    upgradable, bus
+):
+    async with upgradable('--nats', bus) as program:
         await program.logs('NATS is connected')
         async with joined_relay(bus) as server, registered(server, B) as peer:
             async with registered(program, A) as old:
@@ -5584,10 +5490,10 @@ def measured(url, *options):
     return asyncio.to_thread(forked(main, url, '--pairs', 3, '--seconds', 0.2, *options))
 
 
-def test_the_benchmark_measures_a_relay():
-    with running_program('--host', '127.0.0.1') as process:
-        options = '--pairs', '3', '--seconds', '0.2', '--json', '--pid', str(process.pid)
-        command = [sys.executable, HERE / 'test_relay.py', process.url, *options]
+async def test_the_benchmark_measures_a_relay():
+    async with running() as program:
+        options = '--pairs', '3', '--seconds', '0.2', '--json', '--pid', str(program.child.pid)
+        command = [sys.executable, HERE / 'test_relay.py', program.url, *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     found = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, '')
@@ -5599,10 +5505,9 @@ def test_the_benchmark_measures_a_relay():
 
 async def test_the_benchmark_prints_a_table_and_uses_a_token_and_tls(pem, tokens, monkeypatch):
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
-    options = '--certfile', str(pem / 'both.pem'), '--token-file', tokens
-    with running_program('--host', '127.0.0.1', *options) as process:
+    async with running('--certfile', pem / 'both.pem', '--token-file', tokens) as program:
         # A message of this size arrives in many pieces.
-        url = process.url.replace('ws://', 'wss://alice:a1@')
+        url = program.url.replace('wss://', 'wss://alice:a1@')
         status, text, errors = await measured(url, '--size', '500000')
     assert (status, errors) == (0, '')
     assert re.search(r'^messages per second +[1-9]\d*$', text, re.M) and 'cpu' not in text
@@ -5629,19 +5534,18 @@ async def test_the_benchmark_counts_messages_that_change_on_the_way():
 @pytest.mark.parametrize(
     'end, line',
     [
-        (lambda process, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
-        (lambda process, benchmark: process.terminate(), 'closed: '),
-        (lambda process, benchmark: process.kill(), 'closed: '),
+        (lambda program, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
+        (lambda program, benchmark: program.child.terminate(), 'closed: '),
+        (lambda program, benchmark: program.kill(), 'closed: '),
     ],
     ids=['Ctrl-C', 'the relay stops', 'the relay is killed'],
 )
-def test_a_benchmark_that_ends_early_is_one_line(end, line):
-    with running_program('--host', '127.0.0.1') as process:
-        benchmark = forked(main, process.url, '--pairs', '3')
+async def test_a_benchmark_that_ends_early_is_one_line(end, line):
+    async with running() as program:
+        benchmark = forked(main, program.url, '--pairs', '3')
         # Its six clients register after two of the check and two that look for the generation.
-        registered = (x for x in process.stdout if ':: Registered' in x)
-        assert len([*itertools.islice(registered, 2 + 2 + 6)]) == 10
-        end(process, benchmark.child)
+        await program.logs('Registered', 2 + 2 + 6)
+        end(program, benchmark.child)
         status, text, errors = benchmark()
     assert (status, text, errors.count('\n')) == (1, '', 1)
     assert errors.startswith(f'test_relay.py: {line}')
@@ -5660,12 +5564,12 @@ async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
     assert 'closed: received 1008 (policy violation) not today; ' in errors
 
 
-def test_a_benchmark_that_cannot_begin_is_one_line():
+async def test_a_benchmark_that_cannot_begin_is_one_line():
     fails_with = functools.partial(fails, program=sys.modules[__name__])
     assert ' ws://127.0.0.1:1: [Errno ' in fails_with('ws://alice:secret@127.0.0.1:1')
-    with running_program('--host', '127.0.0.1', '--max-clients', '5') as process:
-        assert ': closed: received 1013 ' in fails_with(process.url)
-        assert '--pid 999999999: No such file' in fails_with(process.url, '--pid', '999999999')
+    async with running('--max-clients', 5) as program:
+        assert ': closed: received 1013 ' in fails_with(program.url)
+        assert '--pid 999999999: No such file' in fails_with(program.url, '--pid', '999999999')
 
 
 run_coroutines(globals())
