@@ -4025,11 +4025,11 @@ async def until_subscribed(server, *uuids):
 
 
 @contextlib.asynccontextmanager
-async def relay_process(*urls):
+async def relay_process(*urls, **constants):
     """Run relay.py as a process that can be killed, frozen and started again."""
     options = ['--rate', 0, *(x for url in urls for x in ('--nats', url))]
     with port_to_come() as port:
-        async with running(*options, '--port', port) as process:
+        async with running(*options, '--port', port, **constants) as process:
             await process.logs('NATS is connected')
             yield process
 
@@ -4062,9 +4062,9 @@ async def two_clients(url, other_url=None, **options):
 
 
 @contextlib.asynccontextmanager
-async def client_of_a_process(url, **options):
+async def client_of_a_process(url, **constants):
     """Serve a relay here, with A, and another one as a process, with B."""
-    async with relay_process(url) as process, joined_relay(url, **options) as one:
+    async with relay_process(url, **constants) as process, joined_relay(url, **constants) as one:
         async with registered(one, A) as a, registered(process, B) as b:
             await until_connected(a, b)
             yield process, one, a, b
@@ -4106,7 +4106,6 @@ async def reaches(sender, receiver):
 
 
 async def until_connected(one, other):
-    """Wait until messages arrive both ways."""
     while not (await reaches(one, other) and await reaches(other, one)):
         pass
 
@@ -4215,20 +4214,20 @@ USERS += ['x' * 60]
 
 
 async def test_users_are_kept_apart_across_relays(bus):
-    async with two_relays(bus) as (one, other), contextlib.AsyncExitStack() as stack:
+    async with two_relays(bus) as (one, other):
         # Set here, because a file of tokens allows fewer names.
         one.tokens = other.tokens = {relay._hash(str(n)): user for n, user in enumerate(USERS)}
-        pairs = []
-        for n in range(len(USERS)):
-            at_both = ((one, A), (other, B))
-            peers = [registered(server, uuid, f'{n}', **bearer(n)) for server, uuid in at_both]
-            pairs.append([await stack.enter_async_context(peer) for peer in peers])
-        for a, b in pairs:
-            await a.say(a.offer(B))
-            await b.say(b.offer(A))
-        for a, b in pairs:
-            await hears_only(a, b.offer(A))
-            await hears_only(b, a.offer(B))
+        users = range(len(USERS))
+        async with (
+            all_of(registered(one, A, f'{n}', **bearer(n)) for n in users) as near,
+            all_of(registered(other, B, f'{n}', **bearer(n)) for n in users) as far,
+        ):
+            for a, b in zip(near, far):
+                await a.say(a.offer(B))
+                await b.say(b.offer(A))
+            for a, b in zip(near, far):
+                await hears_only(a, b.offer(A))
+                await hears_only(b, a.offer(B))
 
 
 def clocks(**functions):
@@ -4265,14 +4264,13 @@ async def race(one, other, a, uuids):
     def have_one_holder():
         return all(bool(holder(one, uuid)) != bool(holder(other, uuid)) for uuid in uuids)
 
-    async with contextlib.AsyncExitStack() as stack:
-        racers = {}
-        for server, uuid in itertools.product((one, other), uuids):
-            websocket = await stack.enter_async_context(open_websocket(server.url))
-            racers[server, uuid] = Peer(websocket, uuid)
-        for racer in racers.values():
+    places = [*itertools.product((one, other), uuids)]
+    async with all_of(connected(server) for server, _ in places) as peers:
+        racers = dict(zip(places, peers))
+        for (_, uuid), racer in racers.items():
+            racer.uuid = uuid
             await racer.say(racer.registration())
-        for racer in racers.values():
+        for racer in peers:
             assert await racer.hear() == racer.response()
         await until(have_one_holder)
         await settled(one, other)
@@ -4455,21 +4453,22 @@ async def test_after_a_frozen_relay_misses_a_message_no_later_one_is_sent_to_it(
 @each('strike', None, Program.kill, Program.freeze)
 async def test_a_relay_that_stops_delivers_what_is_in_flight(strike, nats_server):
     server = nats_server()
-    async with Link(server.port, delay=0.02) as slow, client_of_a_process(slow.url) as clients:
-        process, _, a, b = clients
-        if strike:
-            strike(server)
-        # The relay would not read from a client that does not read its errors.
-        closing = asyncio.ensure_future(b.close_frame())
-        await say_all(b, numbered_offers(b, A, 100))
-        await until_handled(b)
-        process.child.terminate()
-        await asyncio.wait_for(process.ends(), 4)
-        assert (await closing).code == 1001
-        if not strike:
-            await hears_only(a, *numbered_offers(b, A, 100))
-            assert b.last_words == []
-        assert not re.search('ERROR|Traceback', process.log.read_text())
+    limits = {'DRAIN_TIMEOUT': 0.2, 'NATS_HEARTBEAT': 0.1} if strike else {}
+    async with Link(server.port, delay=0.02) as slow:
+        async with client_of_a_process(slow.url, **limits) as (process, _, a, b):
+            if strike:
+                strike(server)
+            # The relay would not read from a client that does not read its errors.
+            closing = asyncio.ensure_future(b.close_frame())
+            await say_all(b, numbered_offers(b, A, 100))
+            await until_handled(b)
+            process.child.terminate()
+            await asyncio.wait_for(process.ends(), 4)
+            assert (await closing).code == 1001
+            if not strike:
+                await hears_only(a, *numbered_offers(b, A, 100))
+                assert b.last_words == []
+            assert not re.search('ERROR|Traceback', process.log.read_text())
 
 
 async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
@@ -4924,23 +4923,14 @@ class Checker:
 
     def __init__(self, seed, faults):
         self.random, self.faults = random.Random(seed), faults
+        self.servers, self.relays, self.links = [], [], []
         self.attempts, self.problems, self.ongoing = [], [], {}
         self.holders = {UUID(int=n): None for n in range(1, 13)}  # the last attempt, by UUID
         self.messages, self.outcomes = [], {}  # (sender, UUID, time); reasons or None, by number
         self.arrivals = []  # (attempt, number), in order
         self.counts = Counter()
 
-    async def start(self, stack, relays, servers):
-        self.servers = run_cluster(functools.partial(run_nats, stack), servers)
-        self.relays, self.links = [], []
-        for _ in range(relays):
-            links = [await stack.enter_async_context(Link(s.port)) for s in self.servers]
-            process = relay_process(*(link.url for link in links))
-            self.relays.append(await stack.enter_async_context(process))
-            self.links += links
-
     async def wait_for(self, condition, patience):
-        """Wait until a condition holds, for so many seconds at most."""
         end = time.monotonic() + patience
         while not condition() and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -4992,7 +4982,6 @@ class Checker:
         return number
 
     async def talk(self):
-        """Send bursts between random clients."""
         while True:
             living = [attempt for attempt in self.holders.values() if attempt and attempt.alive]
             if living:
@@ -5124,9 +5113,14 @@ class Checker:
 
 async def check_relays(seed, seconds, relays=2, servers=1, happenings=('take_over', 'harm')):
     """Check relays under random faults; return figures. Raises AssertionError with problems."""
-    checker = Checker(seed, 'harm' in happenings)
     async with contextlib.AsyncExitStack() as stack:
-        await checker.start(stack, relays, servers)
+        checker = Checker(seed, 'harm' in happenings)
+        checker.servers = run_cluster(functools.partial(run_nats, stack), servers)
+        for _ in range(relays):
+            links = [await stack.enter_async_context(Link(s.port)) for s in checker.servers]
+            process = relay_process(*(link.url for link in links))
+            checker.relays.append(await stack.enter_async_context(process))
+            checker.links += links
         try:
             works = [getattr(checker, name) for name in happenings]
             figures = await checker.run(seconds, *works)
