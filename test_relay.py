@@ -5117,7 +5117,9 @@ def test_each_message_has_one_outcome_during_takeovers(nats_server):
 def test_each_message_arrives_or_comes_back_during_upgrades(nats_server):
     figures = asyncio.run(check_relays(1, 60, happenings=['upgrade', *3 * ['talk']]))
     assert figures['upgrades'] == 3 and figures['messages'] > 100
-    assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', DISCONNECTED}
+    # About 240 messages wait for a peer whose relay is being upgraded; more are refused.
+    allowed = {f'{relay.FORWARD_ERRORS[kind]}.' for kind in ('disconnected', 'backlog')}
+    assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', *allowed}
 
 
 async def test_a_shared_port_stays_shared(upgradable, bus):
