@@ -4130,7 +4130,7 @@ def sent_back(message, kind):
 
 def is_idle(server):
     """Return whether nothing is on its way to other relays."""
-    return not (server.backplane.queues or server.backplane.in_flight)
+    return not (server.backplane.queues or server.backplane.in_flight_bytes)
 
 
 def is_settled(server):
@@ -4838,7 +4838,8 @@ async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, l
 async def test_messages_in_flight_are_limited(bus, limit, kind):
     limits = {limit: 100_000, 'NATS_REQUEST_TIMEOUT': 60}
     async with client_of_a_process(bus, **limits) as (process, one, a, b), registered(one, C) as c:
-        size = len(json.dumps(a.offer(B, description='x' * 1000))) + relay.MESSAGE_COST
+        text = json.dumps(a.offer(B, description='x' * 1000))
+        size = relay.InFlight(None, decode(text), text.encode()).memory()
         rooms = {a: 100_000 // size, c: 0}
         process.freeze()
         for sender, room in rooms.items():
