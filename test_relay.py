@@ -28,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import warnings
@@ -336,14 +335,6 @@ MISTYPED = [
 )
 def test_a_text_is_decoded(text, message):
     assert decode(text) == message
-
-
-@pytest.mark.parametrize('start', ['', ' ', f'{{"b":{"1" * 100},"a":[{"1" * 50},'])
-def test_a_long_text_of_short_numbers_is_decoded_without_a_check_of_each(start, monkeypatch):
-    monkeypatch.setattr(relay, '_strict_decoder', None)
-    text = zeros(2**18)
-    with pytest.raises(MessageDecodeError, match='message_type'):
-        decode(start + (text[6:] if start.strip() else text))
 
 
 @pytest.mark.parametrize(
@@ -827,47 +818,158 @@ async def test_session_descriptions_are_never_logged(caplog):
     assert 'Forwarded' in ''.join(lines()) and 'secret' not in ''.join(lines())
 
 
+# ------------------------------------------------------------------------------- Processes
+
+
+class Program:
+    """A program that can be killed, frozen and started again; its output goes to files."""
+
+    def __init__(self, folder, *command):
+        self.folder, self.log, self.errors = folder, folder / 'log', folder / 'errors'
+        self.command = [str(word) for word in command]
+        self.child, self.deaths = None, []  # s, monotonic clock
+
+    def __enter__(self):
+        self.recover()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        if self.child is not None:
+            self.deaths.append(time.monotonic())
+            self.child.kill()
+            self.child.wait()
+
+    def freeze(self):
+        self.child.send_signal(signal.SIGSTOP)
+        # Until all its threads have stopped, they pass on what they receive.
+        os.waitpid(self.child.pid, os.WUNTRACED)
+
+    def recover(self):
+        """Resume the process, or start it."""
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(signal.SIGCONT)
+        else:
+            with self.log.open('a') as out, self.errors.open('a') as err:
+                options = {'cwd': self.folder, 'stdout': out, 'stderr': err}
+                self.child = subprocess.Popen(self.command, **options)
+
+    def lines(self, word=''):
+        """Return the lines of its output that contain a word, without the time and level."""
+        lines = (self.log.read_text() + self.errors.read_text()).splitlines()
+        return [line.partition(' :: ')[2] or line for line in lines if word in line]
+
+    async def logs(self, word, count=1):
+        """Wait until so many lines contain a word, and return the last of them."""
+        while len(lines := self.lines(word)) < count:
+            ended = self.child.poll() is not None
+            assert not ended or len(self.lines(word)) >= count, self.lines()
+            await asyncio.sleep(0.005)
+        return lines[count - 1]
+
+    async def signal(self, number, word):
+        """Send a signal, and return the next line that contains a word."""
+        count = len(self.lines(word)) + 1
+        self.child.send_signal(number)
+        return await self.logs(word, count)
+
+    async def ends(self, status=0, errors=''):
+        """Wait for its end, and see its exit status and what it wrote to standard error."""
+        await until(lambda: self.child.poll() is not None)
+        assert (self.child.returncode, self.errors.read_text()) == (status, errors)
+
+
+class RelayProgram(Program):
+    """A copy of relay.py that runs as a process. Its constants and its text can be changed."""
+
+    def __init__(self, folder, options, edits, constants):
+        command = [sys.executable, '-W', 'error', 'relay.py', '--host', '127.0.0.1']
+        super().__init__(folder, *command, '--port', 0, '--metrics-port', 0, *options)
+        self.edits, self.constants = edits, constants
+        self.install(relay.__version__)
+
+    def install(self, version, *edits):
+        """Put a version of relay.py, with some edits, where the process looks for it."""
+        text = (HERE / 'relay.py').read_text()
+        for name, value in {'__version__': version, **self.constants}.items():
+            text, count = re.subn(rf'(?m)^{name} = .*', f'{name} = {value!r}', text)
+            assert count == 1, name
+        for old, new in (*self.edits, *edits):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (self.folder / 'relay.py').write_text(text)
+
+    async def serves(self):
+        """Wait until it serves, and note where."""
+        line = await self.logs('Serving metrics on ')
+        self.metrics_port = int(line.rpartition(':')[2])
+        lines = self.lines('Serving relay server on ')
+        self.ports = [int(line.rpartition(':')[2]) for line in lines]
+        scheme = 'wss' if '--certfile' in self.command else 'ws'
+        self.url = f'{scheme}://127.0.0.1:{self.ports[0]}'
+
+    async def samples(self):
+        return samples_in((await fetch(self.metrics_port))[1])
+
+    async def upgrade(self, version='9.0.0', *edits):
+        """Upgrade the process, and return its log line about that."""
+        self.install(version, *edits)
+        return await self.signal(signal.SIGUSR2, 'Upgraded ')
+
+    @contextlib.asynccontextmanager
+    async def gap(self, *edits):
+        """Upgrade the process, and stop it in the middle for as long as the block runs."""
+        for name in ('waiting', 'go'):
+            (self.folder / name).unlink(missing_ok=True)
+        self.install('9.0.0', *edits)
+        upgrading = asyncio.ensure_future(self.signal(signal.SIGUSR2, 'Upgraded '))
+        await until((self.folder / 'waiting').exists)
+        yield
+        (self.folder / 'go').touch()
+        await upgrading
+
+    def descriptors(self):
+        names = []
+        for path in Path(f'/proc/{self.child.pid}/fd').iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                names.append(os.readlink(path))
+        return names
+
+    def listening(self):
+        """Return the sockets on which the process listens; the kernel numbers them."""
+        rows = ''.join(Path(f'/proc/net/{name}').read_text() for name in ('tcp', 'tcp6'))
+        rows = [row.split() for row in rows.splitlines()]
+        sockets = {f'socket:[{row[9]}]' for row in rows if row[3] == '0A'}
+        return sockets.intersection(self.descriptors())
+
+
+@contextlib.asynccontextmanager
+async def running(*options, files=None, edits=(), **constants):
+    """Run relay.py as a process that may open so many files; yields it once it serves.
+
+    Names in capitals are constants of relay.py.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        program = RelayProgram(Path(folder), options, edits, constants)
+        if files is not None:
+            program.command[:0] = 'bash', '-c', f'ulimit -n {files}; exec "$@"', 'bash'
+        with program:
+            await program.serves()
+            yield program
+            assert program.errors.read_text() == ''
+
+
+@pytest.fixture
+def upgradable():
+    """Return `running`; upgrades only work on Linux."""
+    if sys.platform != 'linux':
+        pytest.skip('needs Linux')
+    return running
+
+
 # ------------------------------------------------------------------------------- Command line
-
-
-@contextlib.contextmanager
-def ended_in_time(process):
-    """End a process in the end, or when it takes so long that a test would wait for ever."""
-    timer = threading.Timer(20, process.kill)
-    timer.start()
-    try:
-        yield process
-    finally:
-        timer.cancel()
-        process.kill()
-
-
-@contextlib.contextmanager
-def running_program(*options, hosts=1, **limits):
-    """Run relay.py as a process, with other limits if given; yields it when it listens."""
-    program = [HERE / 'relay.py']
-    if limits:
-        changes = ''.join(f'relay.{name} = {value}\n' for name, value in limits.items())
-        program = ['-c', f'import relay\n{changes}raise SystemExit(relay.main())']
-    command = [sys.executable, '-W', 'error', *program, '--port', '0', *options]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'encoding': 'utf-8'}
-    with subprocess.Popen(command, cwd=HERE, **pipes) as process, ended_in_time(process):
-        process.lines, process.ports = [], []
-        while len(process.ports) < hosts:
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            process.lines.append(line)
-            process.ports += map(int, re.findall(r'Serving relay server on .*:(\d+)', line))
-        process.url = 'ws://127.0.0.1:%d' % process.ports[0]
-        yield process
-
-
-def ended_well(process):
-    """Wait for a program to end, see that it was no error, and return the rest of its log."""
-    # What a readline has read ahead, communicate would lose.
-    rest, errors = process.stdout.read(), process.stderr.read()
-    assert (process.wait(), errors) == (0, '')
-    return rest
 
 
 def forked(program, *options):
@@ -880,6 +982,7 @@ def forked(program, *options):
 
     def run():
         signal.alarm(20)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio.run has its own
         sys.stdout, sys.stderr = files
         os.dup2(files[0].fileno(), 1)
         os.dup2(files[1].fileno(), 2)
@@ -905,6 +1008,9 @@ def fails(*options, status=1, program=relay):
     return line
 
 
+WRONG_NATS_URLS = ['127.0.0.1', 'http://127.0.0.1', 'nats://', 'nats://:4222', 'nats://h:x']
+WRONG_NATS_URLS += ['nats://u:secret@h:0']
+NATS_FORM = ': argument --nats: not in the form nats://HOST:PORT or tls://HOST:PORT\n'
 # Options, the exit status, and what the line must say. {} is a port in use.
 ONE_LINE_ERRORS = [
     *((f'--port {port}', 2, '--port') for port in ('65536', '-1', 'http', '8e3', '')),
@@ -912,6 +1018,9 @@ ONE_LINE_ERRORS = [
     ('--log-level LOUD', 2, '--log-level'),
     ('--verbose', 2, '--verbose'),
     ('--ping-interval ' + '9' * 400, 2, '--ping-interval'),
+    *((f'--nats {url}', 2, NATS_FORM) for url in WRONG_NATS_URLS),
+    ('--nats-creds x', 2, '--nats-creds needs --nats'),
+    ('--check ws://a ws://b ws://c', 2, 'one URL or two'),
     ('--log-dir cert.pem/logs', 1, 'cert.pem/logs'),
     ('--host 127.0.0.1 --port {}', 1, ' cannot listen on 127.0.0.1:{}: Address already in use\n'),
     ('--host relay.invalid', 1, 'cannot listen on relay.invalid:0: '),
@@ -961,26 +1070,26 @@ def test_the_file_can_be_started_by_its_name(options, result):
 
 @pytest.mark.parametrize('signals', ['SIGTERM', 'SIGINT', 'SIGTERM SIGTERM', 'SIGTERM SIGINT'])
 async def test_a_signal_closes_the_clients_and_stops_the_relay(signals):
-    with running_program('--host', '127.0.0.1') as process:
-        async with registered(process, A) as peer:
+    async with running() as program:
+        async with registered(program, A) as peer:
             for name in signals.split():
-                process.send_signal(signal.Signals[name])
+                program.child.send_signal(signal.Signals[name])
             assert await peer.closed_with() == CloseCode.GOING_AWAY
-        lines = [*process.lines, *ended_well(process).splitlines()]
+        await program.ends()
+        lines = program.log.read_text().splitlines()
     form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] (INFO |WARNING) \(relay\) :: \S.*'
-    assert len(lines) == 5 and all(re.fullmatch(form, line.strip()) for line in lines)
+    assert len(lines) == 6 and all(re.fullmatch(form, line) for line in lines)
 
 
 async def test_a_client_that_neither_reads_nor_closes_does_not_delay_the_stop():
-    options = ['--host', '127.0.0.1', '--log-level', 'info']
-    with running_program(*options, STOP_TIMEOUT=0.1) as process:
-        async with registered(process, A) as peer:
+    async with running(STOP_TIMEOUT=0.1) as program:
+        async with registered(program, A) as peer:
             stall(peer)
-            process.terminate()
-            # Otherwise, a client has ten seconds to close.
-            assert process.wait(5) == 0
+            program.child.terminate()
+            # Otherwise, a client has ten seconds to close, longer than this test may take.
+            await program.ends()
             peer.websocket.transport.abort()
-        log = process.stdout.read()
+        log = program.log.read_text()
     assert re.search(r'Unregistered .*\n.*Server closed\n', log) and 'Traceback' not in log
 
 
@@ -989,25 +1098,24 @@ async def test_a_connection_without_a_whole_request_does_not_delay_the_stop(secu
     assert relay.STOP_HANDSHAKE < 5
     options = ['--certfile', pem / 'both.pem'] if secure else []
     trust = trusting(pem) if secure else None
-    with running_program('--host', '127.0.0.1', *options, STOP_HANDSHAKE=0.1) as process:
+    async with running(*options, STOP_HANDSHAKE=0.1) as program:
         async with (
-            wired(process, trust, opened=False),  # sends nothing
-            wired(process, trust, opened=False) as wire,
+            wired(program, trust, opened=False),  # sends nothing
+            wired(program, trust, opened=False) as wire,
         ):
             wire.send(b'GET / HTTP/1.1\r\nUp')
             # Connections are accepted in order.
-            async with wired(process, trust):
+            async with wired(program, trust):
                 pass
-            process.terminate()
+            program.child.terminate()
             # Otherwise, a handshake has ten seconds, longer than this test may take.
-            await asyncio.to_thread(ended_well, process)
+            await program.ends()
 
 
-def test_the_program_listens_on_every_address_of_its_host():
+async def test_the_program_listens_on_every_address_of_its_host():
     found = socket.getaddrinfo('localhost', 0, type=socket.SOCK_STREAM)
-    options = ['--host', 'localhost', '--log-level', 'debug']
-    with running_program(*options, hosts=len({address for *_, address in found})) as process:
-        assert process.ports[0] > 0
+    async with running('--host', 'localhost') as program:
+        assert len(program.ports) == len({address for *_, address in found})
 
 
 def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
@@ -1024,14 +1132,14 @@ def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
     assert 0 < weekly.rolloverAt - time.time() <= 7 * 25 * 3600
 
 
-def test_the_open_file_limit_is_raised_to_the_hard_limit():
+async def test_the_open_file_limit_is_raised_to_the_hard_limit():
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     try:
-        with running_program() as process:
-            after = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        async with running() as program:
+            after = resource.prlimit(program.child.pid, resource.RLIMIT_NOFILE)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert after == (before[1], before[1])
@@ -1046,18 +1154,17 @@ def test_the_open_file_limit_is_raised_to_the_hard_limit():
         ('JOURNAL_STREAM=rubbish', '>&-'),
     ],
 )
-def test_the_log_goes_to_its_folder_too_in_an_odd_environment(environment, output, tmp_path):
+async def test_the_log_goes_to_its_folder_too_in_an_odd_environment(environment, output, tmp_path):
     folder = tmp_path / 'new' / 'logs'
     program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --log-dir {folder}'
-    shell = ['bash', '-c', f'{environment} exec {program} {output}']
-    with subprocess.Popen(shell, stderr=subprocess.PIPE, text=True) as process:
-        with ended_in_time(process):
-            lines = [process.stderr.readline(), process.stderr.readline()]
-            process.terminate()
-            lines += process.stderr
-            assert process.wait() == 0
-    assert 'No --token-file' in lines[1] and all(line.startswith('[') for line in lines)
-    assert (folder / 'server.log').read_text() == ''.join(lines)
+    shell = Program(tmp_path, 'bash', '-c', f'{environment} exec {program} {output}')
+    with shell:
+        await shell.logs('No --token-file')
+        shell.child.terminate()
+        assert await asyncio.to_thread(shell.child.wait) == 0
+    log = shell.errors.read_text()
+    assert log.count('\n') == 3 and all(line[0] == '[' for line in log.splitlines())
+    assert (folder / 'server.log').read_text() == log
 
 
 @pytest.mark.parametrize('function', [relay.serve, relay.Listener])
@@ -1298,56 +1405,46 @@ def test_a_token_file_that_others_may_read_is_a_warning(tokens, caplog):
     assert [r.levelname for r in caplog.records] == ['WARNING'] and tokens in caplog.text
 
 
-async def reloaded(process):
-    """Have the relay read its files again, and return the line that says how it went."""
-    process.send_signal(signal.SIGHUP)
-    line = ''
-    while 'Reload' not in line:
-        line = await asyncio.get_running_loop().run_in_executor(None, process.stdout.readline)
-    return line
-
-
 async def test_a_reload_changes_tokens_and_closes_only_revoked_clients(tokens):
-    with running_program('--token-file', tokens, '--rate', '0') as process:
+    async with running('--token-file', tokens, '--rate', 0) as program:
         async with (
-            registered(process, A, **bearer('a1')) as alice,
-            registered(process, B, **bearer('b1')) as bob,
+            registered(program, A, **bearer('a1')) as alice,
+            registered(program, B, **bearer('b1')) as bob,
         ):
             Path(tokens).write_text('alice:a1\nalice:a3')
-            assert 'Reloaded' in await reloaded(process)
+            await program.signal(signal.SIGHUP, 'Reloaded')
             assert await bob.closed_with() == CloseCode.POLICY_VIOLATION
             await exchange(alice, alice)
-            async with registered(process, B, **bearer('a3')) as new:
+            async with registered(program, B, **bearer('a3')) as new:
                 await exchange(alice, new)
                 Path(tokens).write_text('nonsense')
-                line = await reloaded(process)
-                assert 'ERROR' in line and f'{tokens}, line 1' in line
+                line = await program.signal(signal.SIGHUP, ' ERROR ')
+                assert f'{tokens}, line 1' in line
                 await exchange(alice, new)
             for gone in ('a2', 'b1'):
                 with pytest.raises(InvalidStatus):
-                    await open_websocket(process.url, **bearer(gone))
+                    await open_websocket(program.url, **bearer(gone))
 
 
 async def test_a_reload_changes_the_certificate_and_disconnects_no_client(pem, tmp_path):
     cert, key = shutil.copy(pem / 'cert.pem', tmp_path), shutil.copy(pem / 'cert.key', tmp_path)
-    with running_program('--certfile', cert, '--keyfile', key, '--rate', '0') as process:
-        address = '127.0.0.1', process.ports[0]
-        server = SimpleNamespace(url=process.url.replace('ws:', 'wss:'))
-        async with registered(server, A, ssl=trusting(pem)) as peer:
+    async with running('--certfile', cert, '--keyfile', key, '--rate', 0) as program:
+        address = '127.0.0.1', program.ports[0]
+        async with registered(program, A, ssl=trusting(pem)) as peer:
             shutil.copy(pem / 'other.pem', cert)
-            line = await reloaded(process)
-            assert 'ERROR' in line and f'the key in {key} does not belong' in line
+            line = await program.signal(signal.SIGHUP, ' ERROR ')
+            assert f'the key in {key} does not belong' in line
             assert ssl.get_server_certificate(address) == (pem / 'cert.pem').read_text()
             shutil.copy(pem / 'other.key', key)
-            assert 'Reloaded' in await reloaded(process)
+            await program.signal(signal.SIGHUP, 'Reloaded')
             assert ssl.get_server_certificate(address) == (pem / 'other.pem').read_text()
             await exchange(peer, peer)
 
 
 async def test_a_reload_without_files_disconnects_no_client():
-    with running_program('--rate', '0') as process:
-        async with registered(process, A) as peer:
-            assert 'Reloaded' in await reloaded(process)
+    async with running('--rate', 0) as program:
+        async with registered(program, A) as peer:
+            await program.signal(signal.SIGHUP, 'Reloaded')
             await exchange(peer, peer)
 
 
@@ -1606,10 +1703,10 @@ def refused(kind):
 
 
 async def test_the_health_of_a_stopping_relay_is_503():
-    with running_program('--host', '127.0.0.1') as process:
-        reader, writer = await asyncio.open_connection('127.0.0.1', process.ports[0])
-        async with registered(process, A) as peer:
-            process.terminate()
+    async with running() as program:
+        reader, writer = await asyncio.open_connection('127.0.0.1', program.ports[0])
+        async with registered(program, A) as peer:
+            program.child.terminate()
             await peer.closed_with()
             writer.write(b'GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n')
             answer = await reader.read()
@@ -1617,8 +1714,8 @@ async def test_the_health_of_a_stopping_relay_is_503():
         assert answer.startswith(b'HTTP/1.1 503 ') and answer.endswith(b'\r\n\r\nstopping\n')
 
 
-async def test_metrics_are_served_on_this_machine_only(tmp_path):
-    async with upgradable(tmp_path, host='0.0.0.0') as program:
+async def test_metrics_are_served_on_this_machine_only():
+    async with running('--host', '0.0.0.0') as program:
         address = f'127.0.0.1:{program.metrics_port}'
         assert program.lines('Serving metrics') == [f'Serving metrics on {address}']
         status, text = await fetch(program.metrics_port, '/metrics')
@@ -1651,6 +1748,7 @@ def test_each_family_of_metrics_has_one_help_and_one_type():
 def test_promtool_accepts_the_metrics_and_the_configuration_in_the_readme():
     server = RelayServer()
     server.certificate_expiry = 1.0
+    server.backplane = SimpleNamespace(connected=True, round_trip=0.001)
     checks = [(['metrics'], relay.metrics(server))]
     for kind, head in (('config', 'scrape_configs:'), ('rules', 'groups:')):
         block = re.search(rf'(?m)^    {head}\n(    .*\n)+', (HERE / 'README.md').read_text())[0]
@@ -1763,7 +1861,7 @@ async def test_the_expiry_of_the_certificate_is_known_from_the_start_and_after_a
 ):
     cert, key = tmp_path / 'cert.pem', pem / 'cert.key'
     shutil.copy(pem / 'cert.pem', cert)
-    async with upgradable(tmp_path, '--certfile', cert, '--keyfile', key) as program:
+    async with running('--certfile', cert, '--keyfile', key) as program:
         first = (await program.samples())[EXPIRY]
         certify(key, cert, days=9)
         await program.signal(signal.SIGHUP, 'Reloaded')
@@ -1802,11 +1900,11 @@ def heard(sock, word):
     return text
 
 
-def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
+async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '200000')
-    with running_program('--host', '127.0.0.1', '--token-file', tokens) as process:
+    async with running('--token-file', tokens) as program:
         heard(systemd, 'READY=1')
-        socket.create_connection(('127.0.0.1', process.ports[0])).close()
+        socket.create_connection(('127.0.0.1', program.ports[0])).close()
         began = time.monotonic()
         for _ in range(3):
             assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
@@ -1814,21 +1912,19 @@ def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, mo
         assert time.monotonic() - began >= 0.15
         for text in ('alice:a1\n', 'nonsense\n'):  # the second reload fails
             Path(tokens).write_text(text)
-            process.send_signal(signal.SIGHUP)
+            program.child.send_signal(signal.SIGHUP)
             reloading = heard(systemd, 'RELOADING=1')
             microseconds = int(re.fullmatch(r'RELOADING=1\nMONOTONIC_USEC=(\d+)', reloading)[1])
             assert 0 <= time.monotonic() - microseconds / 1e6 < 5
             heard(systemd, 'READY=1')
-        process.terminate()
+        program.child.terminate()
         heard(systemd, 'STOPPING=1')
 
 
-def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
+async def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
     monkeypatch.setenv('NOTIFY_SOCKET', str(tmp_path / 'nobody'))
-    with running_program() as process:
-        process.send_signal(signal.SIGHUP)
-        while 'Reloaded' not in (line := process.stdout.readline()):
-            assert line
+    async with running() as program:
+        await program.signal(signal.SIGHUP, 'Reloaded')
 
 
 @pytest.mark.parametrize(
@@ -1854,11 +1950,11 @@ def test_lines_for_the_journal_have_a_level_and_no_time():
 async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
     stream, form, tmp_path, monkeypatch
 ):
-    log = tmp_path / 'out'
+    log = tmp_path / 'log'
     log.touch()
     journal = f'{log.stat().st_dev}:{log.stat().st_ino}'
     monkeypatch.setenv('JOURNAL_STREAM', stream or journal)
-    async with upgradable(tmp_path) as program:
+    with Program(tmp_path, sys.executable, HERE / 'relay.py', '--port', 0) as program:
         await program.logs('No --tok')
         assert log.read_text().splitlines()[-1].startswith(form)
 
@@ -1869,11 +1965,6 @@ async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
 
 on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
 UPGRADES = 4  # in a row, to see whether one leaves something behind
-
-
-def run_upgrades(test):
-    """Run a test of upgrades, which only work on Linux; each takes about half a second."""
-    return on_linux(run_within(60)(test))
 
 
 def prefixed(code):
@@ -1894,99 +1985,6 @@ WAIT = """
 TRYING = waiting("'RELAY_TRIAL' in os.environ")
 RESTORING = waiting("'RELAY_TRIAL' not in os.environ")
 EXECUTING = '        os.execve(', f'        if True:{WAIT}        os.execve('
-
-
-class Program:
-    """A copy of relay.py in a folder, run as a process."""
-
-    def __init__(self, folder, options, edits):
-        self.folder, self.log, self.errors = folder, folder / 'out', folder / 'err'
-        self.edits = edits
-        self.install(relay.__version__)
-        command = [sys.executable, '-W', 'error', 'relay.py', '--port', '0', *options]
-        command += ['--metrics-port', '0']
-        with self.log.open('w') as out, self.errors.open('w') as err:
-            self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
-
-    def install(self, version, *edits):
-        """Put a version of relay.py, with some edits, where the process looks for it."""
-        text = (HERE / 'relay.py').read_text()
-        version = f"__version__ = '{relay.__version__}'", f"__version__ = '{version}'"
-        for old, new in (version, *self.edits, *edits):
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        (self.folder / 'relay.py').write_text(text)
-
-    def lines(self, word):
-        """Return the lines of the log that contain a word, without the time and level."""
-        lines = [line for line in self.log.read_text().splitlines() if word in line]
-        return [line.partition(' :: ')[2] or line for line in lines]
-
-    async def logs(self, word, count=1):
-        """Wait until so many lines of the log contain a word, and return the last of them."""
-        while len(self.lines(word)) < count:
-            text = self.log.read_text() + self.errors.read_text()
-            assert self.process.poll() is None or len(self.lines(word)) >= count, text
-            await asyncio.sleep(0.005)
-        return self.lines(word)[count - 1]
-
-    async def signal(self, number, word):
-        """Send a signal, and return the next line of the log that contains a word."""
-        count = len(self.lines(word)) + 1
-        self.process.send_signal(number)
-        return await self.logs(word, count)
-
-    async def upgrade(self, version='9.0.0', *edits):
-        """Upgrade the process, and return its log line about that."""
-        self.install(version, *edits)
-        return await self.signal(signal.SIGUSR2, 'Upgraded ')
-
-    @contextlib.asynccontextmanager
-    async def gap(self, *edits):
-        """Upgrade the process, and stop it in the middle for as long as the block runs."""
-        for name in ('waiting', 'go'):
-            (self.folder / name).unlink(missing_ok=True)
-        self.install('9.0.0', *edits)
-        upgrading = asyncio.ensure_future(self.signal(signal.SIGUSR2, 'Upgraded '))
-        await until((self.folder / 'waiting').exists)
-        yield
-        (self.folder / 'go').touch()
-        await upgrading
-
-    async def samples(self):
-        return samples_in((await fetch(self.metrics_port))[1])
-
-    def descriptors(self):
-        names = []
-        for path in Path(f'/proc/{self.process.pid}/fd').iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it was closed just now
-                names.append(os.readlink(path))
-        return names
-
-    def listening(self):
-        """Return the sockets on which the process listens; the kernel numbers them."""
-        rows = ''.join(Path(f'/proc/net/{name}').read_text() for name in ('tcp', 'tcp6'))
-        rows = [row.split() for row in rows.splitlines()]
-        sockets = {f'socket:[{row[9]}]' for row in rows if row[3] == '0A'}
-        return sockets.intersection(self.descriptors())
-
-
-@contextlib.asynccontextmanager
-async def upgradable(folder, *options, host='127.0.0.1', edits=()):
-    """Run a copy of relay.py as a process; yields it once it serves."""
-    program = Program(folder, ['--host', host, *options], edits)
-    try:
-        line = await program.logs('Serving metrics on ')
-        program.metrics_port = int(line.rpartition(':')[2])
-        lines = program.lines('Serving relay server on ')
-        program.ports = [int(line.rpartition(':')[2]) for line in lines]
-        scheme = 'wss' if '--certfile' in options else 'ws'
-        program.url = f'{scheme}://127.0.0.1:{program.ports[0]}'
-        yield program
-        assert program.errors.read_text() == ''
-    finally:
-        program.process.kill()
-        program.process.wait()
 
 
 async def numbered(sender, receiver, stop, window=8):
@@ -2033,10 +2031,9 @@ async def until_read(program):
         await program.samples()
 
 
-@run_upgrades
-async def test_pairs_lose_nothing_over_several_upgrades(tmp_path):
-    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
-        pid, versions = program.process.pid, [relay.__version__, '9.0', '9.1', '9.2']
+async def test_pairs_lose_nothing_over_several_upgrades(upgradable):
+    async with upgradable() as program, contextlib.AsyncExitStack() as stack:
+        pid, versions = program.child.pid, [relay.__version__, '9.0', '9.1', '9.2']
         pairs = [await stack.enter_async_context(pair_of(program)) for _ in range(5)]
         async with talking(*pairs):
             for old, new in zip(versions, versions[1:]):
@@ -2044,7 +2041,7 @@ async def test_pairs_lose_nothing_over_several_upgrades(tmp_path):
                 kept = r'in \d+\.\d\d s: 10 clients kept, 0 closed'
                 assert re.fullmatch(f'Upgraded {re.escape(f"{old} to {new}")} {kept}', line)
                 assert ' INFO ' in program.log.read_text().splitlines()[-1]
-        assert program.process.poll() is None and program.process.pid == pid
+        assert program.child.poll() is None and program.child.pid == pid
         values = await program.samples()
         assert values['relay_connected_clients'] == 10
         assert values['relay_registered_clients{generation="relay"}'] == 5
@@ -2072,9 +2069,8 @@ def fragmented(text, cuts):
     return frames
 
 
-@run_upgrades
-async def test_an_upgrade_keeps_incomplete_messages(tmp_path):
-    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+async def test_an_upgrade_keeps_incomplete_messages(upgradable):
+    async with upgradable() as program, contextlib.AsyncExitStack() as stack:
         begun = []
         for cuts, pings, count in BEGUN.values():
             wire = await (await stack.enter_async_context(wired(program))).register()
@@ -2092,9 +2088,8 @@ async def test_an_upgrade_keeps_incomplete_messages(tmp_path):
             assert await wire.hear() == offer, name
 
 
-@run_upgrades
-async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(tmp_path):
-    async with upgradable(tmp_path) as program, wired(program) as wire:
+async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(upgradable):
+    async with upgradable() as program, wired(program) as wire:
         await wire.register()
         wire.send(frame_of(TEXT, b'x' * 700_000, 0))
         await until_read(program)
@@ -2103,9 +2098,8 @@ async def test_the_limit_of_a_message_counts_its_fragments_before_the_upgrade(tm
         assert (await wire.end())[1] == 1009
 
 
-@run_upgrades
-async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
-    async with upgradable(tmp_path, '--rate', '400') as program, pair_of(program) as pair:
+async def test_messages_that_wait_for_their_rate_are_kept(upgradable):
+    async with upgradable('--rate', '400') as program, pair_of(program) as pair:
         stop = asyncio.Event()
         # More than it may send at once, so that some always wait.
         talk = asyncio.ensure_future(numbered(*pair, stop, window=200))
@@ -2114,10 +2108,9 @@ async def test_messages_that_wait_for_their_rate_are_kept(tmp_path):
         assert await talk > 200
 
 
-@run_upgrades
-async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(tmp_path):
+async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(upgradable):
     options = '--rate', '10', '--ping-interval', '0'  # a ping would wake the relay
-    async with upgradable(tmp_path, *options) as program:
+    async with upgradable(*options) as program:
         async with registered(program, A, ping_interval=None) as peer:
             await peer.ask(peer.offer(A, description='x' * 900_000))  # which uses up 5 seconds
             await peer.say(peer.offer(A))
@@ -2125,11 +2118,9 @@ async def test_a_message_that_waits_for_its_rate_is_handled_after_the_upgrade(tm
             assert await peer.hear() == peer.offer(A)
 
 
-@run_upgrades
-async def test_a_registration_that_waits_for_a_takeover_is_kept(tmp_path):
+async def test_a_registration_that_waits_for_a_takeover_is_kept(upgradable):
     # Longer than an upgrade takes.
-    slow = 'TAKEOVER_TIMEOUT = 0.5', 'TAKEOVER_TIMEOUT = 20'
-    async with upgradable(tmp_path, edits=[slow]) as program, wired(program) as old:
+    async with upgradable(TAKEOVER_TIMEOUT=20) as program, wired(program) as old:
         await old.register()
         async with wired(program) as new:
             new.send(said(json.dumps(old.peer.registration())))
@@ -2141,13 +2132,11 @@ async def test_a_registration_that_waits_for_a_takeover_is_kept(tmp_path):
                 assert await new.hear() == offer
 
 
-@run_upgrades
-async def test_an_upgrade_does_not_restart_the_time_to_register(tmp_path):
-    limit = 'REGISTER_TIMEOUT = 30'
-    async with upgradable(tmp_path, edits=[(limit, 'REGISTER_TIMEOUT = 1')]) as program:
+async def test_an_upgrade_does_not_restart_the_time_to_register(upgradable):
+    async with upgradable(REGISTER_TIMEOUT=1) as program:
         began = time.monotonic()
         async with wired(program) as late, wired(program) as early:
-            program.edits = [(limit, 'REGISTER_TIMEOUT = 300')]  # if it were to begin again
+            program.constants['REGISTER_TIMEOUT'] = 300  # if it were to begin again
             await program.upgrade()
             in_time = time.monotonic() - began < 0.5
             if in_time:
@@ -2173,10 +2162,9 @@ async def unread(program, sender, texts):
         yield slow, offers
 
 
-@run_upgrades
-async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_path):
+async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(upgradable):
     texts = [f'{number} ' + chr(97 + number) * 40_000 for number in range(25)]
-    async with upgradable(tmp_path) as program, registered(program, A) as sender:
+    async with upgradable() as program, registered(program, A) as sender:
         async with unread(program, sender, texts) as (slow, offers):
             assert (await program.samples())['relay_buffered_bytes'] > 500_000
             assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
@@ -2186,9 +2174,8 @@ async def test_a_client_that_does_not_read_gets_all_of_it_after_the_upgrade(tmp_
             assert [await slow.hear() for _ in range(26)] == [*offers, offer]
 
 
-@run_upgrades
-async def test_closing_clients_that_do_not_read_get_their_messages_and_their_codes(tmp_path):
-    async with upgradable(tmp_path, '--rate', '0') as program, registered(program, A) as sender:
+async def test_closing_clients_that_do_not_read_get_their_messages_and_their_codes(upgradable):
+    async with upgradable('--rate', '0') as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
             enter, texts = stack.enter_async_context, ['x' * 40_000] * 10
             closing = [await enter(unread(program, sender, texts)) for _ in range(3)]
@@ -2211,33 +2198,30 @@ async def test_closing_clients_that_do_not_read_get_their_messages_and_their_cod
             await exchange(sender, peer)
 
 
-@run_upgrades
-async def test_a_client_that_does_not_close_is_dropped_in_time_after_the_upgrade(tmp_path):
+async def test_a_client_that_does_not_close_is_dropped_in_time_after_the_upgrade(upgradable):
     limit = 'close_timeout: float = 10', 'close_timeout: float = 0.1'
-    async with upgradable(tmp_path) as program, wired(program) as displaced:
+    async with upgradable() as program, wired(program) as displaced:
         await displaced.register()
         async with registered(program, displaced.peer.uuid):
             await program.upgrade('9.0.0', limit)
             assert await displaced.end() == ([], 1001)
 
 
-@run_upgrades
-async def test_an_upgrade_reads_the_state_line_by_line(tmp_path):
-    async with upgradable(tmp_path, '--rate', '0') as program, registered(program, A) as sender:
+async def test_an_upgrade_reads_the_state_line_by_line(upgradable):
+    async with upgradable('--rate', '0') as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(24):
                 await stack.enter_async_context(unread(program, sender, ['x' * 250_000] * 4))
             held = (await program.samples())['relay_buffered_bytes']
             await program.upgrade()
             assert (await program.samples())['relay_buffered_bytes'] > 2**24
-            status = Path(f'/proc/{program.process.pid}/status').read_text()
+            status = Path(f'/proc/{program.child.pid}/status').read_text()
             now, peak = (int(re.search(rf'{k}:\s+(\d+)', status)[1]) for k in ('VmRSS', 'VmHWM'))
             assert (peak - now) * 1024 < held / 2
 
 
-@run_upgrades
-async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
-    async with upgradable(tmp_path) as program, registered(program, A) as peer:
+async def test_a_newcomer_during_the_upgrade_waits_and_is_served(upgradable):
+    async with upgradable() as program, registered(program, A) as peer:
         async with contextlib.AsyncExitStack() as stack:
             async with program.gap(RESTORING):
                 newcomer = asyncio.ensure_future(open_websocket(program.url))
@@ -2252,9 +2236,8 @@ async def test_a_newcomer_during_the_upgrade_waits_and_is_served(tmp_path):
             assert await hasty.hear() == hasty.peer.response()
 
 
-@run_upgrades
-async def test_messages_sent_during_an_upgrade_are_handled_after_it(tmp_path):
-    async with upgradable(tmp_path) as program, pair_of(program) as (one, other):
+async def test_messages_sent_during_an_upgrade_are_handled_after_it(upgradable):
+    async with upgradable() as program, pair_of(program) as (one, other):
         async with wired(program) as ended, wired(program) as reset, wired(program) as closing:
             wires = [await wire.register() for wire in (ended, reset, closing)]
             async with program.gap(RESTORING):
@@ -2271,9 +2254,8 @@ async def test_messages_sent_during_an_upgrade_are_handled_after_it(tmp_path):
         await exchange(one, other)
 
 
-@run_upgrades
-async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(tmp_path):
-    async with upgradable(tmp_path) as program, contextlib.AsyncExitStack() as stack:
+async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(upgradable):
+    async with upgradable() as program, contextlib.AsyncExitStack() as stack:
         async with registered(program, A), program.gap(TRYING):
             peers = [await stack.enter_async_context(registered(program, uuid4())) for _ in '123']
         assert program.lines('Upgraded ')[0].endswith(': 4 clients kept, 0 closed')
@@ -2286,11 +2268,10 @@ async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(tmp_pa
 
 
 @pytest.mark.parametrize('host', ['', '::1', 'localhost'])
-@run_upgrades
-async def test_the_listening_sockets_are_the_same(tmp_path, host):
+async def test_the_listening_sockets_are_the_same(upgradable, host):
     if host == '::1' and not Path('/proc/net/if_inet6').read_text():
         pytest.skip('no IPv6 here')
-    async with upgradable(tmp_path, host=host) as program:
+    async with upgradable('--host', host) as program:
         sockets = program.listening()
         assert len(sockets) == len(program.ports) + 1
         assert (await program.upgrade()).endswith(': 0 clients kept, 0 closed')
@@ -2303,10 +2284,9 @@ async def test_the_listening_sockets_are_the_same(tmp_path, host):
                 await exchange(peer, peer)
 
 
-@run_upgrades
-async def test_an_upgrade_keeps_the_metrics_and_the_log_file(tmp_path):
+async def test_an_upgrade_keeps_the_metrics_and_the_log_file(upgradable):
     options = '--rate', '0', '--log-dir', 'logs'
-    async with upgradable(tmp_path, *options) as program, pair_of(program) as pair:
+    async with upgradable(*options) as program, pair_of(program) as pair:
         for _ in range(20):
             await exchange(*pair)
         await pair[0].ask('nope')
@@ -2315,7 +2295,7 @@ async def test_an_upgrade_keeps_the_metrics_and_the_log_file(tmp_path):
             before = await program.samples()
             await program.upgrade('7.8.9')
             after = await program.samples()
-        file = tmp_path / 'logs/server.log'
+        file = program.folder / 'logs/server.log'
         assert "('laptop', at 127.0.0.1:" in await program.logs('Unregistered', 2)
         await until(lambda: file.read_text() == program.log.read_text())
     same = [name for name in before if re.search(r'_total\b', name)]
@@ -2327,10 +2307,9 @@ async def test_an_upgrade_keeps_the_metrics_and_the_log_file(tmp_path):
     assert [name for name in after if 'version="7.8.9"' in name and 'relay_build_info' in name]
 
 
-@run_upgrades
-async def test_an_upgrade_closes_clients_over_tls_with_1012(tmp_path, pem):
+async def test_an_upgrade_closes_clients_over_tls_with_1012(upgradable, pem):
     tls = {'ssl': trusting(pem)}
-    async with upgradable(tmp_path, '--certfile', pem / 'both.pem') as program:
+    async with upgradable('--certfile', pem / 'both.pem') as program:
         async with registered(program, A, **tls) as peer, connected(program, **tls) as other:
             before = await program.samples()
             line = await program.upgrade()
@@ -2357,13 +2336,13 @@ WRONG = [
 ]
 
 
-@run_upgrades
-async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
+async def test_a_version_that_does_not_start_changes_nothing(upgradable, tokens):
     options, token = ('--rate', '500', '--token-file', tokens), bearer('a1')
-    async with upgradable(tmp_path, *options) as program, pair_of(program, **token) as pair:
+    async with upgradable(*options) as program, pair_of(program, **token) as pair:
         for name, edit, reason in WRONG:
             program.install('9.0.0')
-            path, count = tmp_path / name, len(program.lines(''))
+            path = program.folder / (tokens if name == 'tokens' else name)
+            count = len(program.lines())
             right = path.read_text()
             if edit:
                 path.write_text(right.replace(*edit))
@@ -2373,17 +2352,16 @@ async def test_a_version_that_does_not_start_changes_nothing(tmp_path, tokens):
             assert line.startswith('Upgrade failed, keeping the running version: ')
             assert reason in line and line.isprintable() and len(line) < 700
             await exchange(*pair)
-            assert program.lines('')[count:] == [line]
+            assert program.lines()[count:] == [line]
             version = f'version="{relay.__version__}"'
             assert any(version in name for name in await program.samples())
             path.write_text(right)
         assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
 
 
-@run_upgrades
-async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(tmp_path):
+async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(upgradable):
     failing = '        os.execve(', "        raise OSError('in vain')\n        os.execve("
-    async with upgradable(tmp_path, edits=[failing]) as program, pair_of(program) as pair:
+    async with upgradable(edits=[failing]) as program, pair_of(program) as pair:
         for _ in range(2):
             line = await program.signal(signal.SIGUSR2, ' ERROR ')
             assert line == 'Upgrade failed, keeping the running version: in vain'
@@ -2392,11 +2370,10 @@ async def test_an_upgrade_that_fails_at_its_last_step_changes_nothing(tmp_path):
                 await exchange(peer, peer)
 
 
-@run_upgrades
-async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
+async def test_a_client_that_cannot_be_restored_costs_only_itself(upgradable):
     head = 'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n'
     broken = head, f"{head}    if saved['name'] == 'broken':\n        del saved['address']\n"
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+    async with upgradable() as program, pair_of(program) as pair:
         async with registered(program, A, 'broken') as peer:
             line = await program.upgrade('9.0.0', broken)
             assert line.endswith(': 2 clients kept, 1 closed')
@@ -2406,9 +2383,8 @@ async def test_a_client_that_cannot_be_restored_costs_only_itself(tmp_path):
         assert (await program.samples())['relay_connected_clients'] == 2
 
 
-@run_upgrades
-async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(tmp_path, tokens):
-    async with upgradable(tmp_path, '--token-file', tokens) as program:
+async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(upgradable, tokens):
+    async with upgradable('--token-file', tokens) as program:
         async with registered(program, A, **bearer('a1')) as alice:
             async with registered(program, A, **bearer('b1')) as bob:
                 async with registered(program, B, **bearer('a2:x#y')) as revoked:
@@ -2420,12 +2396,11 @@ async def test_an_upgrade_keeps_users_apart_and_closes_revoked_clients(tmp_path,
                 assert (await alice.ask(alice.offer(B)))['error'] == unknown(B)
 
 
-@run_upgrades
-async def test_upgrades_leave_nothing_behind(tmp_path):
+async def test_upgrades_leave_nothing_behind(upgradable):
     def files():
         return sorted(re.sub(r'\d+', '', name) for name in program.descriptors())
 
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+    async with upgradable() as program, pair_of(program) as pair:
         before, memory = files(), []
         for number in range(UPGRADES):
             async with registered(program, uuid4()) as leaving:
@@ -2438,14 +2413,13 @@ async def test_upgrades_leave_nothing_behind(tmp_path):
         await exchange(*pair)
 
 
-@run_upgrades
-async def test_many_signals_in_a_row_do_no_harm(tmp_path):
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+async def test_many_signals_in_a_row_do_no_harm(upgradable):
+    async with upgradable() as program, pair_of(program) as pair:
         for signals in ('UU', 'UUUUU', 'UH', 'HU', 'HUHUH'):
             count = len(program.lines('Upgraded ')) + 1
             async with talking(pair):
                 for letter in signals:
-                    program.process.send_signal({'U': signal.SIGUSR2, 'H': signal.SIGHUP}[letter])
+                    program.child.send_signal({'U': signal.SIGUSR2, 'H': signal.SIGHUP}[letter])
                 await program.logs('Upgraded ', count)
         assert not program.lines('ERROR')
         await program.upgrade()
@@ -2454,64 +2428,59 @@ async def test_many_signals_in_a_row_do_no_harm(tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM], ids=str)
 @pytest.mark.parametrize('old, new', [([EXECUTING], []), ([], [RESTORING])], ids=['old', 'new'])
-@run_upgrades
-async def test_a_signal_during_the_upgrade_does_not_kill(tmp_path, old, new, number):
-    async with upgradable(tmp_path, edits=old) as program, pair_of(program) as pair:
+async def test_a_signal_during_the_upgrade_does_not_kill(upgradable, old, new, number):
+    async with upgradable(edits=old) as program, pair_of(program) as pair:
         async with program.gap(*new):
-            program.process.send_signal(number)
+            program.child.send_signal(number)
         if number == signal.SIGTERM:
             assert await pair[0].closed_with() == 1001
             await pair[1].closed_with()
-            assert program.process.wait(20) == 0
+            assert program.child.wait(20) == 0
         else:
             await exchange(*pair)
 
 
 @pytest.mark.parametrize('number', [*relay.UPGRADE_SIGNALS], ids=str)
-@run_upgrades
-async def test_a_signal_does_not_kill_a_relay_that_has_stopped(tmp_path, number):
+async def test_a_signal_does_not_kill_a_relay_that_has_stopped(upgradable, number):
     end = '    return 0\n\n\nif __name__'
-    async with upgradable(tmp_path, edits=[(end, f'    if True:{WAIT}{end}')]) as program:
-        program.process.terminate()
-        await until((tmp_path / 'waiting').exists)
-        program.process.send_signal(number)
-        (tmp_path / 'go').touch()
-        assert await asyncio.to_thread(program.process.wait, 20) == 0
+    async with upgradable(edits=[(end, f'    if True:{WAIT}{end}')]) as program:
+        program.child.terminate()
+        await until((program.folder / 'waiting').exists)
+        program.child.send_signal(number)
+        (program.folder / 'go').touch()
+        assert await asyncio.to_thread(program.child.wait, 20) == 0
 
 
 @pytest.mark.parametrize('stop', [signal.SIGTERM, signal.SIGINT], ids=str)
-@run_upgrades
-async def test_a_stop_wins_over_an_upgrade(tmp_path, stop):
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+async def test_a_stop_wins_over_an_upgrade(upgradable, stop):
+    async with upgradable() as program, pair_of(program) as pair:
         program.install('9.0.0', prefixed('import time; time.sleep(9)'))
         for number in (signal.SIGUSR2, stop, signal.SIGUSR2):
-            program.process.send_signal(number)
+            program.child.send_signal(number)
         assert [await peer.closed_with() for peer in pair] == [1001, 1001]
-        await until(lambda: program.process.poll() is not None)
-        assert program.process.returncode == 0
-        assert program.lines('')[-1] == 'Server closed'
+        await until(lambda: program.child.poll() is not None)
+        assert program.child.returncode == 0
+        assert program.lines()[-1] == 'Server closed'
         assert not program.lines('ERROR')
 
 
-def test_a_relay_that_is_about_to_serve_is_not_killed_by_the_signal(tmp_path):
+async def test_a_relay_that_is_about_to_serve_is_not_killed_by_the_signal(tmp_path):
     os.mkfifo(tmp_path / 'tokens', 0o600)
-    options = '--host', '127.0.0.1', '--port', '0', '--token-file', tmp_path / 'tokens'
-    command = [sys.executable, HERE / 'relay.py', *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        with ended_in_time(process):
-            with open(tmp_path / 'tokens', 'w') as file:  # it reads this before it serves
-                process.send_signal(signal.SIGUSR2)
-                file.write('alice:a1\n')
-            assert 'Serving relay server' in process.stdout.readline()
-            process.terminate()
-            assert process.stdout.read().endswith('Server closed\n')
+    options = '--host', '127.0.0.1', '--port', '0', '--token-file', 'tokens'
+    with Program(tmp_path, sys.executable, HERE / 'relay.py', *options) as program:
+        with open(tmp_path / 'tokens', 'w') as file:  # it reads this before it serves
+            program.child.send_signal(signal.SIGUSR2)
+            file.write('alice:a1\n')
+        await program.logs('Serving relay server')
+        program.child.terminate()
+        await program.ends()
+        assert program.lines()[-1] == 'Server closed'
 
 
 @pytest.mark.parametrize('systemd', ['abstract'], indirect=True)
-@run_upgrades
-async def test_an_upgrade_notifies_systemd(tmp_path, systemd, monkeypatch):
+async def test_an_upgrade_notifies_systemd(upgradable, systemd, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '400000')
-    async with upgradable(tmp_path) as program, pair_of(program) as pair:
+    async with upgradable() as program, pair_of(program) as pair:
         for _ in range(3):
             await exchange(*pair)
         await program.upgrade()
@@ -2690,10 +2659,10 @@ async def test_check_says_that_two_relays_need_nats():
     assert line.startswith(f'{one.url} and {other.url}: Cannot forward ') and line.endswith(hint)
 
 
-def test_check_is_one_line_and_a_status():
+async def test_check_is_one_line_and_a_status():
     assert fails('--check', 'ws://127.0.0.1:1').startswith('relay.py: ws://127.0.0.1:1: [Errno ')
-    with running_program('--host', '127.0.0.1') as process:
-        command = [sys.executable, HERE / 'relay.py', '--check', process.url]
+    async with running() as program:
+        command = [sys.executable, HERE / 'relay.py', '--check', program.url]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
 
@@ -2713,15 +2682,13 @@ def test_a_check_that_is_interrupted_in_the_middle_of_anything_is_one_line(monke
     assert fails('--check', 'ws://127.0.0.1:1') == 'relay.py: interrupted\n'
 
 
-def test_a_check_that_is_interrupted_is_one_line():
+async def test_a_check_that_is_interrupted_is_one_line(tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as silent:
         url = 'ws://127.0.0.1:%d' % silent.getsockname()[1]
-        command = [sys.executable, HERE / 'relay.py', '--check', url]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            with ended_in_time(process), silent.accept()[0]:
-                process.send_signal(signal.SIGINT)
-                assert process.stderr.read() == 'relay.py: interrupted\n'
-    assert process.returncode == 1
+        with Program(tmp_path, sys.executable, HERE / 'relay.py', '--check', url) as program:
+            with silent.accept()[0]:
+                program.child.send_signal(signal.SIGINT)
+                await program.ends(1, 'relay.py: interrupted\n')
 
 
 # ------------------------------------------------------------------------------- Connection
@@ -3867,27 +3834,16 @@ async def drain(peer):
             await peer.websocket.recv()
 
 
-@contextlib.contextmanager
-def program_with_files(number, *options):
-    """Run relay.py as a process that may have so many open files."""
-    program = [sys.executable, HERE / 'relay.py', '--host', '127.0.0.1', '--port', '0', *options]
-    command = ['bash', '-c', f'ulimit -n {number}; exec "$@"', 'bash', *program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        with ended_in_time(process):
-            process.url = 'ws://' + process.stdout.readline().split()[-1]
-            yield process
-
-
 async def test_silent_connections_give_way_when_there_are_no_file_descriptors_left():
-    with program_with_files(40, '--max-clients', '99') as process:
-        async with registered(process, A) as one, registered(process, B) as other:
-            port = port_of(process)
+    async with running('--max-clients', 99, files=40) as program:
+        async with registered(program, A) as one, registered(program, B) as other:
+            port = port_of(program)
             silent = [await asyncio.open_connection('127.0.0.1', port) for _ in range(40)]
             await exchange(one, other)
             # There is room for 8 connections.
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(6):
-                    late = await stack.enter_async_context(registered(process, uuid4()))
+                    late = await stack.enter_async_context(registered(program, uuid4()))
                     await exchange(one, late)
                 for reader, writer in silent:
                     assert await reader.read() == b''
@@ -3895,28 +3851,28 @@ async def test_silent_connections_give_way_when_there_are_no_file_descriptors_le
 
 
 async def test_a_reload_works_while_silent_connections_use_up_the_file_descriptors(tokens):
-    with program_with_files(128, '--token-file', tokens) as process:
-        async with registered(process, A, **bearer('b1')) as peer:
+    async with running('--token-file', tokens, files=128) as program:
+        async with registered(program, A, **bearer('b1')) as peer:
             with contextlib.ExitStack() as stack:
                 for _ in range(200):
                     sock = stack.enter_context(socket.socket())
                     sock.setblocking(False)
-                    sock.connect_ex(('127.0.0.1', port_of(process)))
-                files = f'/proc/{process.pid}/fd'
+                    sock.connect_ex(('127.0.0.1', port_of(program)))
+                files = f'/proc/{program.child.pid}/fd'
                 await until(lambda: len(os.listdir(files)) > 128 - relay.RESERVED_FDS)
                 Path(tokens).write_text('alice:a1\n')
-                assert 'Reloaded' in await reloaded(process)
+                await program.signal(signal.SIGHUP, 'Reloaded')
                 assert await peer.closed_with() == CloseCode.POLICY_VIOLATION
-                async with registered(process, B, **bearer('a1')) as other:
+                async with registered(program, B, **bearer('a1')) as other:
                     await exchange(other, other)
 
 
 async def test_a_client_over_tls_takes_little_memory(pem):
-    with running_program('--host', '127.0.0.1', '--certfile', pem / 'both.pem') as process:
-        status, memory = Path(f'/proc/{process.pid}/status'), []
+    async with running('--certfile', pem / 'both.pem') as program:
+        status, memory = Path(f'/proc/{program.child.pid}/status'), []
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(60):
-                wire = await stack.enter_async_context(wired(process, trusting(pem)))
+                wire = await stack.enter_async_context(wired(program, trusting(pem)))
                 await wire.register()
                 memory.append(int(re.search(r'VmRSS:\s+(\d+)', status.read_text())[1]))
         # In KiB: about 21 each; asyncio's own TLS takes 287.
@@ -3933,11 +3889,8 @@ except ImportError:
     NO_NATS = NO_NATS or 'nats-py is not installed'
 needs_nats = pytest.mark.skipif(bool(NO_NATS), reason=NO_NATS)
 DISCONNECTED = 'the relays are disconnected.'
+LOST = '; clients of other relays cannot be reached'
 HOUR = 3600 * 10**9  # ns
-
-
-def over_nats(test):
-    return needs_nats(run_within(20)(test))
 
 
 @contextlib.contextmanager
@@ -3947,39 +3900,6 @@ def port_to_come():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(('127.0.0.1', 0))
         yield sock.getsockname()[1]
-
-
-class Process:
-    """A program that can be killed, frozen and started again. Its output goes to `log`."""
-
-    def __init__(self, folder, *command):
-        self.log, self.command = Path(folder, 'log'), [str(word) for word in command]
-        self.child, self.deaths = None, []  # s, monotonic clock
-
-    def count(self, words):
-        """Return how often the log has these words."""
-        text = self.log.read_text()
-        assert self.child.poll() is None, text
-        return text.count(words)
-
-    def kill(self):
-        if self.child is not None:
-            self.deaths.append(time.monotonic())
-            self.child.kill()
-            self.child.wait()
-
-    def freeze(self):
-        self.child.send_signal(signal.SIGSTOP)
-        # Until all its threads have stopped, they pass on what they receive.
-        os.waitpid(self.child.pid, os.WUNTRACED)
-
-    def recover(self):
-        """Resume the process, or start it."""
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(signal.SIGCONT)
-        else:
-            with self.log.open('a') as log:
-                self.child = subprocess.Popen(self.command, stdout=log, stderr=log)
 
 
 class Link:
@@ -4036,43 +3956,51 @@ class Link:
         writer.transport.abort()
 
 
-@contextlib.contextmanager
-def running_nats(*lines, routes=(), started=True):
+def run_nats(stack, *lines, routes=(), started=True):
     """Run a NATS server with lines in its configuration and routes to others of its cluster."""
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        server = Process(folder, NATS_SERVER, '-c', Path(folder, 'nats.conf'))
-        ports = [stack.enter_context(port_to_come()) for _ in range(3)]
-        server.port, server.cluster, server.monitoring = ports
-        server.url = f'nats://127.0.0.1:{server.port}'
-        routes = [f'nats://127.0.0.1:{port}' for port in routes]
-        cluster = {'name': 'c', 'port': server.cluster, 'no_advertise': True, 'routes': routes}
-        lines += f'port: {server.port}', f'http_port: {server.monitoring}', 'host: 127.0.0.1'
-        lines += (f'cluster: {json.dumps({"host": "127.0.0.1", **cluster})}',)
-        Path(folder, 'nats.conf').write_text('\n'.join(lines))
-        stack.callback(server.kill)
-        if started:
-            server.recover()
-            while not server.count('Server is ready'):
-                time.sleep(0.001)
-        yield server
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    server = Program(folder, NATS_SERVER, '-c', 'nats.conf')
+    ports = [stack.enter_context(port_to_come()) for _ in range(3)]
+    server.port, server.cluster, server.monitoring = ports
+    server.url = f'nats://127.0.0.1:{server.port}'
+    routes = [f'nats://127.0.0.1:{port}' for port in routes]
+    cluster = {'name': 'c', 'port': server.cluster, 'no_advertise': True, 'routes': routes}
+    lines += f'port: {server.port}', f'http_port: {server.monitoring}', 'host: 127.0.0.1'
+    lines += (f'cluster: {json.dumps({"host": "127.0.0.1", **cluster})}',)
+    (folder / 'nats.conf').write_text('\n'.join(lines))
+    stack.callback(server.kill)
+    if started:
+        server.recover()
+        while not server.lines('Server is ready'):
+            assert server.child.poll() is None, server.lines()
+            time.sleep(0.001)
+    return server
 
 
-@contextlib.contextmanager
-def running_cluster(count):
+def run_cluster(nats_server, count):
+    """Run NATS servers that know each other."""
+    servers = []
+    for _ in range(count):
+        servers.append(nats_server(routes=[server.cluster for server in servers]))
+    return servers
+
+
+@pytest.fixture
+def nats_server():
+    """Return a function that runs a NATS server, or skip the test."""
+    if NO_NATS:
+        pytest.skip(NO_NATS)
     with contextlib.ExitStack() as stack:
-        servers = []
-        for _ in range(count):
-            routes = [server.cluster for server in servers]
-            servers.append(stack.enter_context(running_nats(routes=routes)))
-        yield servers
+        yield functools.partial(run_nats, stack)
 
 
 @pytest.fixture(scope='module')
 def bus():
     """Return the URL of a NATS server that nobody disturbs."""
-    with running_nats() as server:
-        yield server.url
+    if NO_NATS:
+        pytest.skip(NO_NATS)
+    with contextlib.ExitStack() as stack:
+        yield run_nats(stack).url
 
 
 @pytest.fixture
@@ -4096,19 +4024,13 @@ async def until_subscribed(server, *uuids):
 
 
 @contextlib.asynccontextmanager
-async def relay_process(*urls):
+async def relay_process(*urls, **constants):
     """Run relay.py as a process that can be killed, frozen and started again."""
-    with tempfile.TemporaryDirectory() as folder, port_to_come() as port:
-        command = [sys.executable, '-W', 'error', HERE / 'relay.py', '--host', '127.0.0.1']
-        command += ['--port', port, '--rate', 0, *(x for url in urls for x in ('--nats', url))]
-        process = Process(folder, *command)
-        process.url = f'ws://127.0.0.1:{port}'
-        process.recover()
-        try:
-            await until(lambda: process.count('Serving') and process.count('NATS is connected'))
+    options = ['--rate', 0, *(x for url in urls for x in ('--nats', url))]
+    with port_to_come() as port:
+        async with running(*options, '--port', port, **constants) as process:
+            await process.logs('NATS is connected')
             yield process
-        finally:
-            process.kill()
 
 
 @contextlib.asynccontextmanager
@@ -4130,26 +4052,22 @@ async def two_relays(*urls, **options):
 
 
 @contextlib.asynccontextmanager
-async def two_clients(url, other_url=None):
+async def two_clients(url, other_url=None, **options):
     """Serve two relays, with A registered at one and B at the other."""
-    async with joined_relay(url) as one, joined_relay(other_url or url) as other:
+    at_one, at_other = (joined_relay(x, **options) for x in (url, other_url or url))
+    async with at_one as one, at_other as other:
         async with registered(one, A) as a, registered(other, B, generation='relay') as b:
             yield one, other, a, b
 
 
 @contextlib.asynccontextmanager
-async def client_of_a_process(url):
-    """Serve a relay here, with A, and another one as a process, with B."""
-    async with relay_process(url) as process, joined_relay(url) as one:
+async def client_of_a_process(url, constants=None, **options):
+    """Serve a relay here, with A, and another one as a process, with constants and with B."""
+    there, here = relay_process(url, **(constants or {})), joined_relay(url, **options)
+    async with there as process, here as one:
         async with registered(one, A) as a, registered(process, B) as b:
             await until_connected(a, b)
             yield process, one, a, b
-
-
-@contextlib.asynccontextmanager
-async def all_registered(server, uuids):
-    async with contextlib.AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(registered(server, uuid)) for uuid in uuids]
 
 
 async def say_all(sender, offers):
@@ -4161,8 +4079,7 @@ async def hears_only(peer, *messages):
     """See that these messages arrive, and no others before one that it sends to itself."""
     for message in messages:
         assert await peer.hear() == message
-    echo = peer.offer(peer.uuid, description=str(uuid4()))
-    assert await peer.ask(echo) == echo
+    assert await before_mark(peer, peer) == []
 
 
 async def until_handled(peer):
@@ -4189,18 +4106,17 @@ async def reaches(sender, receiver):
 
 
 async def until_connected(one, other):
-    """Wait until messages arrive both ways."""
     while not (await reaches(one, other) and await reaches(other, one)):
         pass
 
 
-async def count_arrivals(sender, receiver):
-    """Return how many messages arrive before the next of a sender."""
-    mark = sender.offer(receiver.uuid, description=str(uuid4()))
+async def before_mark(sender, receiver):
+    """Send a message, and return what the receiver hears before it."""
+    mark, heard = sender.offer(receiver.uuid, description=str(uuid4())), []
     await sender.say(mark)
-    for number in range(99):
-        if await receiver.hear() == mark:
-            return number
+    while (message := await receiver.hear()) != mark:
+        heard.append(message)
+    return heard
 
 
 def numbered_offers(sender, uuid, count):
@@ -4214,7 +4130,7 @@ def sent_back(message, kind):
 
 def is_idle(server):
     """Return whether nothing is on its way to other relays."""
-    return not (server.backplane.queues or server.backplane.in_flight)
+    return not (server.backplane.queues or server.backplane.in_flight_bytes)
 
 
 def is_settled(server):
@@ -4237,54 +4153,50 @@ def tasks_of(name):
     return [task for task in asyncio.all_tasks() if name in task.get_coro().__qualname__]
 
 
-@over_nats
 async def test_the_text_of_a_message_between_relays_is_the_text_received(bus):
-    async with two_clients(bus) as (_, _, a, b):
-        for sender, receiver in ((a, b), (b, a)):
+    async with two_clients(bus) as (one, other, a, b):
+        for sender, receiver in ((a, b), (b, a), (a, b)):
             offer = sender.offer(receiver.uuid, description='\u2013 "\\\U0001f600\r\n', x=[1])
             text = f' {json.dumps(offer, ensure_ascii=False, indent=1)}\n'
             await sender.say(text)
             assert await receiver.websocket.recv() == text
+        await settled(one, other)
+        for server, counts in ((one, (2, 1)), (other, (1, 2))):
+            names = (f'relay_{kind}_messages_total' for kind in ('remote', 'forwarded'))
+            assert tuple(samples(server)[name] for name in names) == counts
         await hears_only(a)
         await hears_only(b)
 
 
-@over_nats
-@pytest.mark.parametrize(
+@each(
     'fields, kind',
-    [
-        ({'source_uuid': str(C)}, 'forged_source'),
-        ({'peer_uuid': str(C)}, 'unknown_peer'),
-        ({'description': 'x' * 1000}, 'too_long'),
-    ],
+    ({'source_uuid': str(C)}, 'forged_source'),
+    ({'peer_uuid': str(C)}, 'unknown_peer'),
+    ({'description': 'x' * 1000}, 'too_long'),
 )
-async def test_a_message_that_cannot_be_forwarded_is_returned_once(fields, kind):
-    with running_nats('max_payload: 1000') as server:
-        async with two_clients(server.url) as (one, _, a, b):
-            offer = {**a.offer(B), **fields}
-            with moves(one, refused(kind)):
-                assert await a.ask(offer) == sent_back(offer, kind)
-            await exchange(a, b)
-            await hears_only(a)
-            await hears_only(b)
+async def test_a_message_that_cannot_be_forwarded_is_returned_once(fields, kind, nats_server):
+    async with two_clients(nats_server('max_payload: 1000').url) as (one, _, a, b):
+        offer = {**a.offer(B), **fields}
+        with moves(one, refused(kind)):
+            assert await a.ask(offer) == sent_back(offer, kind)
+        assert samples(one)['relay_remote_unknown_total'] == (kind == 'unknown_peer')
+        await exchange(a, b)
+        await hears_only(a)
+        await hears_only(b)
 
 
-@over_nats
-@pytest.mark.parametrize('what', ['client', 'relay'])
-async def test_a_client_that_left_or_whose_relay_was_killed_is_unknown(what):
-    with running_nats() as server:
-        async with client_of_a_process(server.url) as (process, _, a, b):
-            await until_subscribed(server, A, B)
-            if what == 'client':
-                await b.websocket.close()
-            else:
-                process.kill()
-                await until_subscribed(server, A)  # NATS itself has to notice first
-            assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
-            await hears_only(a)
+async def test_a_client_that_left_or_whose_relay_was_killed_is_unknown(nats_server):
+    server = nats_server()
+    async with client_of_a_process(server.url) as (process, _, a, _):
+        async with registered(process, C):
+            await until_subscribed(server, A, B, C)
+        assert await a.ask(a.offer(C)) == {**a.offer(C), 'error': unknown(C)}
+        process.kill()
+        await until_subscribed(server, A)  # NATS itself has to notice first
+        assert await a.ask(a.offer(B)) == {**a.offer(B), 'error': unknown(B)}
+        await hears_only(a)
 
 
-@over_nats
 async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
     async with two_clients(bus) as (one, _, a, b):
         stall(b)
@@ -4301,22 +4213,21 @@ USERS = ['a', 'a.b', 'a b', '*', '>', 'a.*', '-', '', '61', 'J\u00fcrgen', '\u65
 USERS += ['x' * 60]
 
 
-@over_nats
 async def test_users_are_kept_apart_across_relays(bus):
-    async with two_relays(bus) as (one, other), contextlib.AsyncExitStack() as stack:
+    async with two_relays(bus) as (one, other):
         # Set here, because a file of tokens allows fewer names.
         one.tokens = other.tokens = {relay._hash(str(n)): user for n, user in enumerate(USERS)}
-        pairs = []
-        for n in range(len(USERS)):
-            at_both = ((one, A), (other, B))
-            peers = [registered(server, uuid, f'{n}', **bearer(n)) for server, uuid in at_both]
-            pairs.append([await stack.enter_async_context(peer) for peer in peers])
-        for a, b in pairs:
-            await a.say(a.offer(B))
-            await b.say(b.offer(A))
-        for a, b in pairs:
-            await hears_only(a, b.offer(A))
-            await hears_only(b, a.offer(B))
+        users = range(len(USERS))
+        async with (
+            all_of(registered(one, A, f'{n}', **bearer(n)) for n in users) as near,
+            all_of(registered(other, B, f'{n}', **bearer(n)) for n in users) as far,
+        ):
+            for a, b in zip(near, far):
+                await a.say(a.offer(B))
+                await b.say(b.offer(A))
+            for a, b in zip(near, far):
+                await hears_only(a, b.offer(A))
+                await hears_only(b, a.offer(B))
 
 
 def clocks(**functions):
@@ -4324,9 +4235,8 @@ def clocks(**functions):
     return SimpleNamespace(**{**vars(time), **functions})
 
 
-@over_nats
-@pytest.mark.parametrize('ahead', [0, HOUR, -HOUR], ids=['', 'clock ahead', 'clock behind'])
-@pytest.mark.parametrize('generation, code', [('server', 1001), ('relay', 4004)])
+@each('ahead', {'': 0, 'clock ahead': HOUR, 'clock behind': -HOUR})
+@each('generation, code', ('server', 1001), ('relay', 4004))
 async def test_a_registration_displaces_the_one_on_another_relay(
     bus, monkeypatch, generation, code, ahead
 ):
@@ -4354,14 +4264,13 @@ async def race(one, other, a, uuids):
     def have_one_holder():
         return all(bool(holder(one, uuid)) != bool(holder(other, uuid)) for uuid in uuids)
 
-    async with contextlib.AsyncExitStack() as stack:
-        racers = {}
-        for server, uuid in itertools.product((one, other), uuids):
-            websocket = await stack.enter_async_context(open_websocket(server.url))
-            racers[server, uuid] = Peer(websocket, uuid)
-        for racer in racers.values():
+    places = [*itertools.product((one, other), uuids)]
+    async with all_of(connected(server) for server, _ in places) as peers:
+        racers = dict(zip(places, peers))
+        for (_, uuid), racer in racers.items():
+            racer.uuid = uuid
             await racer.say(racer.registration())
-        for racer in racers.values():
+        for racer in peers:
             assert await racer.hear() == racer.response()
         await until(have_one_holder)
         await settled(one, other)
@@ -4372,37 +4281,32 @@ async def race(one, other, a, uuids):
         await hears_only(a)
 
 
-@over_nats
-@pytest.mark.parametrize('servers, count', [(1, 200), (2, 20)])
-async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(servers, count):
-    with running_cluster(servers) as cluster:
-        async with two_clients(cluster[0].url, cluster[-1].url) as (one, other, a, b):
-            # The servers may not know each other yet.
-            await until_connected(a, b)
-            await race(one, other, a, [UUID(int=n) for n in range(1000, 1000 + count)])
-
-
-@over_nats
-@pytest.mark.parametrize('delay', [0, 0.03])
-async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(delay):
-    async with contextlib.AsyncExitStack() as stack:
-        # More than fits into a message to NATS waits there.
-        server = stack.enter_context(running_nats('max_payload: 10000'))
-        link = await stack.enter_async_context(Link(server.port, delay))
-        clients = two_clients(link.url, server.url)
-        one, _, a, b = await stack.enter_async_context(clients)
-        near = await stack.enter_async_context(registered(one, C))
+@each('servers, count', (1, 200), (2, 20))
+async def test_of_two_simultaneous_registrations_of_a_uuid_one_stays(servers, count, nats_server):
+    urls = [server.url for server in run_cluster(nats_server, servers)]
+    async with two_clients(urls[0], urls[-1]) as (one, other, a, b):
+        # The servers may not know each other yet.
         await until_connected(a, b)
-        for offers in zip(*(numbered_offers(a, uuid, 200) for uuid in (B, C))):
-            await say_all(a, offers)
-        await hears_only(near, *numbered_offers(a, C, 200))
-        await hears_only(b, *numbered_offers(a, B, 200))
-        await say_all(b, numbered_offers(b, A, 100))
-        await hears_only(a, *numbered_offers(b, A, 100))
-        await hears_only(b)
+        await race(one, other, a, [UUID(int=n) for n in range(1000, 1000 + count)])
 
 
-@over_nats
+@each('delay', 0, 0.03)
+async def test_messages_between_relays_keep_their_order_and_hold_up_no_others(delay, nats_server):
+    # More than fits into a message to NATS waits there.
+    server = nats_server('max_payload: 10000')
+    async with Link(server.port, delay) as link, two_clients(link.url, server.url) as clients:
+        one, _, a, b = clients
+        async with registered(one, C) as near:
+            await until_connected(a, b)
+            for offers in zip(*(numbered_offers(a, uuid, 200) for uuid in (B, C))):
+                await say_all(a, offers)
+            await hears_only(near, *numbered_offers(a, C, 200))
+            await hears_only(b, *numbered_offers(a, B, 200))
+            await say_all(b, numbered_offers(b, A, 100))
+            await hears_only(a, *numbered_offers(b, A, 100))
+            await hears_only(b)
+
+
 async def test_messages_to_a_peer_that_has_just_registered_arrive(bus):
     async with two_relays(bus) as (one, other), registered(one, A) as a:
         for number in range(1, 20):
@@ -4412,120 +4316,92 @@ async def test_messages_to_a_peer_that_has_just_registered_arrive(bus):
         await hears_only(a)
 
 
-@over_nats
-async def test_three_relays_share_their_clients(bus):
-    async with two_clients(bus) as (_, two, a, b), joined_relay(bus) as three:
-        async with registered(three, C) as c:
-            for pair in ((a, b), (b, c), (c, a)):
-                await exchange(*pair)
-            for server in (two, three):
-                async with registered(server, A) as new:
-                    await exchange(new, b)
-                    # Until then, messages may still go to the client before it.
-                    await settled(server)
-                    await exchange(c, new)
-
-
 @contextlib.asynccontextmanager
-async def lost_nats(strike, monkeypatch):
-    """Strike the NATS server of two relays and three clients."""
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
-    with running_nats() as server:
-        async with two_clients(server.url) as (one, other, a, b), registered(one, C) as near:
-            await exchange(a, b)
-            # A message whose verdict is lost would come back although it has arrived.
-            await settled(one, other)
-            strike(server)
-            # Nobody has noticed yet.
-            assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-            await until(lambda: not one.backplane.connected)
-            yield server, one, other, a, b, near
-
-
-@over_nats
-@pytest.mark.parametrize('strike', [Process.kill, Process.freeze])
-async def test_without_nats_local_peers_still_exchange_messages(
-    strike, caplog, monkeypatch, quick
-):
-    with logged(caplog) as lines:
-        async with lost_nats(strike, monkeypatch) as (_, one, _, a, _, near):
+async def lost_nats(server, strike):
+    """Strike the NATS server of two relays and three clients; see what works without it."""
+    clients = two_clients(server.url, NATS_REQUEST_TIMEOUT=0.2)
+    async with clients as (one, other, a, b), registered(one, C) as near:
+        await exchange(a, b)
+        # A message whose verdict is lost would come back although it has arrived.
+        await settled(one, other)
+        await until(lambda: samples(one)['relay_nats_round_trip_seconds'] > 0)
+        assert samples(one)['relay_nats_connected'] == 1
+        returned = sent_back(a.offer(B), 'disconnected')
+        strike(server)
+        # Nobody has noticed yet.
+        assert await a.ask(a.offer(B)) == returned
+        await until(lambda: not samples(one)['relay_nats_connected'])
+        with pytest.MonkeyPatch.context() as patch, moves(one, refused('disconnected'), 2):
             # No time passes now before a message comes back.
-            monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 60)
+            patch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 60)
             for _ in range(2):
                 await exchange(a, near)
+                assert await a.ask(a.offer(B)) == returned
+        yield one, other, a, b, near
+
+
+@each('strike, late', (Program.kill, 0), (Program.freeze, 1))
+async def test_local_peers_are_reached_without_nats_and_all_when_it_is_back(
+    strike, late, nats_server, log, quick
+):
+    server, (left, newcomer) = nats_server(), (UUID(int=8), UUID(int=9))
+    async with lost_nats(server, strike) as (one, other, a, b, near):
+        async with registered(one, left) as peer:
+            await exchange(a, peer)
+        await until(lambda: any(line.endswith(LOST) for line in log('NATS: ')))
+        async with registered(other, newcomer) as peer:
+            server.recover()
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await settled(one, other)
+            # The message that came back may arrive after all.
+            assert len(await before_mark(a, b)) <= late
+            await exchange(a, b)
+            await exchange(a, peer)
+        await until_subscribed(server, A, B, C)
+        assert await a.ask(a.offer(left)) == sent_back(a.offer(left), 'unknown_peer')
+        for peer in (a, b, near):
+            await hears_only(peer)
+    assert all('by the client with 1000' in line for line in log('Unregistered'))
+    assert len(log('NATS: ')) <= 8
+
+
+async def test_a_relay_serves_before_nats_is_there(nats_server, log, quick):
+    server = nats_server(started=False)
+    async with two_relays(server.url, wait=False) as (one, other):
+        async with registered(one, A) as a, registered(one, C) as near:
+            async with registered(other, B) as b, registered(other, A) as later:
+                await exchange(a, near)
+                await exchange(later, b)
                 assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-            async with registered(one, UUID(int=9)) as newcomer:
-                await exchange(a, newcomer)
-            lost = '; clients of other relays cannot be reached'
-            await until(lambda: any(line.endswith(lost) for line in lines()))
-
-
-@over_nats
-@pytest.mark.parametrize('strike, late', [(Process.kill, 0), (Process.freeze, 1)])
-async def test_all_clients_are_reached_when_nats_is_back(strike, late, caplog, monkeypatch, quick):
-    with logged(caplog) as lines:
-        async with lost_nats(strike, monkeypatch) as (server, one, other, a, b, near):
-            async with registered(one, UUID(int=9)):
-                pass
-            async with registered(other, UUID(int=8)) as newcomer:
+                await until(lambda: len(log('NATS')) == 2)
                 server.recover()
-                await until(lambda: one.backplane.connected and other.backplane.connected)
+                # The UUID belongs to the client that registered later.
+                assert await a.closed_with() == 1001
                 await settled(one, other)
-                # The message that came back may arrive after all.
-                assert await count_arrivals(a, b) <= late
-                await exchange(a, b)
-                await exchange(a, newcomer)
-            left = a.offer(UUID(int=9))
-            assert await a.ask(left) == sent_back(left, 'unknown_peer')
-            for peer in (a, b, near):
-                await hears_only(peer)
-    ends = [line for line in lines() if 'Unregistered' in line]
-    assert all('by the client with 1000' in line for line in ends)
-    assert len([line for line in lines() if re.match('NATS: ', line)]) <= 8
+                await exchange(later, near)
+                await exchange(near, b)
+    assert len(log('Connect call failed')) == 2
 
 
-@over_nats
-async def test_a_relay_serves_before_nats_is_there(caplog, quick):
-    with logged(caplog, 'WARNING') as lines, running_nats(started=False) as server:
-        async with two_relays(server.url, wait=False) as (one, other):
-            async with registered(one, A) as a, registered(one, C) as near:
-                async with registered(other, B) as b, registered(other, A) as later:
-                    await exchange(a, near)
-                    await exchange(later, b)
-                    assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-                    await until(lambda: len([x for x in lines() if x.startswith('NATS')]) == 2)
-                    server.recover()
-                    # The UUID belongs to the client that registered later.
-                    assert await a.closed_with() == 1001
-                    await settled(one, other)
-                    await exchange(later, near)
-                    await exchange(near, b)
-    assert len([line for line in lines() if 'Connect call failed' in line]) == 2
-
-
-@over_nats
-async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(bus, caplog, quick):
+async def test_news_of_the_cluster_during_the_first_ping_disconnects_nobody(bus, log, quick):
     def edited(data):
         said.append(data)
         # The first line that NATS said, again, before its answer to the first ping.
         return said[0] + data if said.count(b'PONG\r\n') == 1 == len(said) - 1 else data
 
     said = []
-    with logged(caplog) as lines:
-        async with Link(urlsplit(bus).port, edited=edited) as link:
-            async with two_clients(link.url, bus) as (_, _, a, b):
-                await exchange(a, b)
-    assert any('interrupted while connecting' in line for line in lines())
+    async with Link(urlsplit(bus).port, edited=edited) as link:
+        async with two_clients(link.url, bus) as (_, _, a, b):
+            await exchange(a, b)
+    assert log('interrupted while connecting')
 
 
-@over_nats
-async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch, quick):
-    monkeypatch.setattr(relay, 'CLAIM_BEATS', 2)
-    async with contextlib.AsyncExitStack() as stack:
-        first = stack.enter_context(running_nats())
-        link = await stack.enter_async_context(Link(first.cluster))
-        second = stack.enter_context(running_nats(routes=[link.port]))
-        async with two_clients(first.url, second.url) as (one, other, a, b):
+async def test_after_a_split_the_later_registration_holds_the_uuid(nats_server, quick):
+    first = nats_server()
+    async with Link(first.cluster) as link:
+        second = nats_server(routes=[link.port])
+        clients = two_clients(first.url, second.url, CLAIM_BEATS=2)
+        async with clients as (one, other, a, b):
             await until_connected(a, b)
             link.kill()
             while await reaches(a, b):
@@ -4538,38 +4414,37 @@ async def test_after_a_split_the_later_registration_holds_the_uuid(monkeypatch, 
                 await until_connected(b, later)
 
 
-@over_nats
 async def test_after_a_frozen_relay_misses_a_message_no_later_one_is_sent_to_it(bus, monkeypatch):
     async def counted(*args, **options):
         requests.append(args)
         return await request(*args, **options)
 
     requests, request = [], nats.NATS.request
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.5)
-    async with client_of_a_process(bus) as (process, one, a, b), registered(one, C) as near:
+    async with client_of_a_process(bus, NATS_REQUEST_TIMEOUT=0.5) as (process, one, a, b):
         process.freeze()
         monkeypatch.setattr('nats.NATS.request', counted)
         for offer in numbered_offers(a, B, 20):
             await a.say(offer)
             await until_handled(a)
-        await exchange(near, near)
+        await exchange(a, a)
         assert not is_idle(one)
         for offer in numbered_offers(a, B, 20):
             assert await a.hear() == sent_back(offer, 'disconnected')
         # All have waited for the first alone, which may still arrive.
         assert len(requests) == 1 and is_idle(one)
         process.recover()
-        assert await count_arrivals(a, b) <= 1
+        assert len(await before_mark(a, b)) <= 1
         await exchange(a, b)
         await hears_only(a)
 
 
-@over_nats
-@pytest.mark.parametrize('strike', [None, Process.kill, Process.freeze])
-async def test_a_relay_that_stops_delivers_what_is_in_flight(strike):
-    with running_nats() as server:
-        async with Link(server.port, delay=0.02) as slow, client_of_a_process(slow.url) as clients:
-            process, _, a, b = clients
+@each('strike', None, Program.kill, Program.freeze)
+async def test_a_relay_that_stops_delivers_what_is_in_flight(strike, nats_server):
+    server, constants = nats_server(), {}
+    if strike:  # only the first of these ends the wait for an answer
+        constants = {'DRAIN_TIMEOUT': 0.2, 'NATS_HEARTBEAT': 0.1, 'NATS_REQUEST_TIMEOUT': 60}
+    async with Link(server.port, delay=0.02) as slow:
+        async with client_of_a_process(slow.url, constants) as (process, _, a, b):
             if strike:
                 strike(server)
             # The relay would not read from a client that does not read its errors.
@@ -4577,7 +4452,7 @@ async def test_a_relay_that_stops_delivers_what_is_in_flight(strike):
             await say_all(b, numbered_offers(b, A, 100))
             await until_handled(b)
             process.child.terminate()
-            assert await asyncio.wait_for(asyncio.to_thread(process.child.wait), 4) == 0
+            await asyncio.wait_for(process.ends(), 4)
             assert (await closing).code == 1001
             if not strike:
                 await hears_only(a, *numbered_offers(b, A, 100))
@@ -4585,7 +4460,6 @@ async def test_a_relay_that_stops_delivers_what_is_in_flight(strike):
             assert not re.search('ERROR|Traceback', process.log.read_text())
 
 
-@over_nats
 async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
     async with client_of_a_process(bus) as (process, _, a, b):
         offers = numbered_offers(a, B, 200)
@@ -4596,86 +4470,77 @@ async def test_each_message_to_a_relay_that_stops_arrives_or_comes_back(bus):
         arrived = [json.loads(text) for text in b.last_words]
         assert arrived == offers[: len(arrived)]
         await hears_only(a, *(sent_back(x, 'unknown_peer') for x in offers[len(arrived) :]))
-        assert await asyncio.to_thread(process.child.wait) == 0
+        await process.ends()
 
 
-@over_nats
-async def test_of_three_nats_servers_one_may_be_killed(caplog, quick):
-    with running_cluster(3) as servers, logged(caplog) as lines:
-        async with two_relays(*(server.url for server in servers)) as (one, other):
-            async with registered(one, B) as b, registered(other, C) as c:
-                await until_connected(b, c)
-                found = [line for line in lines() if line.startswith('NATS is connected')]
-                next(server for server in servers if f':{server.port}' in found[0]).kill()
-                await until(lambda: not one.backplane.connected)
-                await until(lambda: one.backplane.connected and other.backplane.connected)
-                await until_connected(b, c)
-                await hears_only(b)
-                await hears_only(c)
+async def test_of_three_nats_servers_one_may_be_killed(nats_server, log, quick):
+    servers = run_cluster(nats_server, 3)
+    async with two_relays(*(server.url for server in servers)) as (one, other):
+        async with registered(one, B) as b, registered(other, C) as c:
+            await until_connected(b, c)
+            used = log('NATS is connected')[0]
+            next(server for server in servers if f':{server.port}' in used).kill()
+            await until(lambda: not one.backplane.connected)
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await until_connected(b, c)
+            await hears_only(b)
+            await hears_only(c)
 
 
-def clients_named(name):
-    """Return the clients of a name that are in memory."""
-    gc.collect()
-    clients = [thing for thing in gc.get_objects() if isinstance(thing, relay.Client)]
-    return [client for client in clients if client.name == name]
+async def test_clients_that_leave_leave_nothing_with_nats(nats_server):
+    def passing():
+        gc.collect()
+        return [client for client in kept(relay.Client) if client.name == 'passing']
+
+    server = nats_server()
+    async with two_relays(server.url) as (one, other):
+        async with registered(one, C) as near, registered(other, C) as newer:
+            assert await near.closed_with() == 1001
+            reading = asyncio.ensure_future(drain(newer))
+            for number in range(30):
+                # Messages to earlier ones may arrive: more than a client usually reads ahead.
+                async with registered(one, A, 'passing', max_queue=1000) as a:
+                    async with registered(other, B, 'passing') as b:
+                        await b.say(b.offer(A))
+                        await say_all(a, [a.offer(B), a.offer(UUID(int=number + 1))])
+                        await [leave_with_a_close, leave_with_a_reset][number % 2](a)
+                        if number % 3:
+                            await newer.say(newer.offer(A))
+            await until(lambda: not holder(one, A) and not holder(other, B))
+            await settled(one, other)
+            reading.cancel()
+            # One for the client that is left; for each relay, its claims and its answers.
+            await until(lambda: len(tasks_of('_wait_for_msgs')) == 5)
+            await until(lambda: len(tasks_of('Backplane')) == 2)
+            await until_subscribed(server, C)
+            # Only the last client that each relay claimed may be in memory.
+            await until(lambda: len(passing()) <= 2)
 
 
-@over_nats
-async def test_clients_that_leave_leave_nothing_with_nats():
-    with running_nats() as server:
-        async with two_relays(server.url) as (one, other):
-            async with registered(one, C) as near, registered(other, C) as newer:
-                assert await near.closed_with() == 1001
-                reading = asyncio.ensure_future(drain(newer))
-                for number in range(30):
-                    # Messages to earlier ones may arrive: more than a client usually reads ahead.
-                    async with registered(one, A, 'passing', max_queue=1000) as a:
-                        async with registered(other, B, 'passing') as b:
-                            await b.say(b.offer(A))
-                            await say_all(a, [a.offer(B), a.offer(UUID(int=number + 1))])
-                            await [leave_with_a_close, leave_with_a_reset][number % 2](a)
-                            if number % 3:
-                                await newer.say(newer.offer(A))
-                await until(lambda: not holder(one, A) and not holder(other, B))
-                await settled(one, other)
-                reading.cancel()
-                # One for the client that is left; for each relay, its claims and its answers.
-                await until(lambda: len(tasks_of('_wait_for_msgs')) == 5)
-                await until(lambda: len(tasks_of('Backplane')) == 2)
-                await until_subscribed(server, C)
-                # Only the last client that each relay claimed may be in memory.
-                await until(lambda: len(clients_named('passing')) <= 2)
-
-
-async def is_refused_by_nats(url, reason, lines):
+async def is_refused_by_nats(url, reason, log):
     """See that a relay logs why NATS refuses it, and serves without."""
     async with joined_relay(url, wait=False) as server, registered(server, A) as a:
-        await until(lambda: any(reason in line for line in lines()))
+        await until(lambda: log(reason))
         assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
 
 
-@over_nats
-async def test_credentials_for_nats_are_in_its_address(caplog, quick):
-    with running_nats('authorization: {user: relay, password: secret}') as server:
-        with logged(caplog) as lines:
-            async with two_clients(server.url.replace('//', '//relay:secret@')) as (_, _, a, b):
-                await exchange(a, b)
-            refusal = 'NATS: Authorization Violation; clients of other relays cannot be reached'
-            await is_refused_by_nats(server.url.replace('//', '//relay:wr0ng@'), refusal, lines)
-    assert lines().count(refusal) == 1
+async def test_credentials_for_nats_are_in_its_address(nats_server, log, caplog, quick):
+    server = nats_server('authorization: {user: relay, password: secret}')
+    async with two_clients(server.url.replace('//', '//relay:secret@')) as (_, _, a, b):
+        await exchange(a, b)
+    refusal = f'NATS: Authorization Violation{LOST}'
+    await is_refused_by_nats(server.url.replace('//', '//relay:wr0ng@'), refusal, log)
+    assert log('Authorization') == [refusal]
     assert not re.search('secret|wr0ng', ''.join(r.getMessage() for r in caplog.records))
 
 
-@over_nats
-async def test_relays_verify_the_certificate_of_nats(pem, caplog, monkeypatch, quick):
-    tls = f'tls: {{cert_file: "{pem}/cert.pem", key_file: "{pem}/cert.key"}}'
-    with running_nats(tls) as server, logged(caplog) as lines:
-        url = server.url.replace('nats', 'tls')
-        await is_refused_by_nats(url, 'certificate verify failed', lines)
-        monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
-        async with two_clients(url) as (_, _, a, b):
-            await exchange(a, b)
+async def test_relays_verify_the_certificate_of_nats(pem, nats_server, log, monkeypatch, quick):
+    server = nats_server(f'tls: {{cert_file: "{pem}/cert.pem", key_file: "{pem}/cert.key"}}')
+    url = server.url.replace('nats', 'tls')
+    await is_refused_by_nats(url, 'certificate verify failed', log)
+    monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
+    async with two_clients(url) as (_, _, a, b):
+        await exchange(a, b)
 
 
 ABSENT = "--nats: No module named 'absent'"
@@ -4691,13 +4556,11 @@ def replace_package(name, code, tmp_path, monkeypatch):
 
 
 @needs_nats
-@pytest.mark.parametrize(
+@each(
     'nkeys, file, line',
-    [
-        ('', '/nowhere/x', 'cannot read /nowhere/x: No such file or directory'),
-        ('', os.devnull, f'{os.devnull} holds no credentials for NATS'),
-        ('import absent', os.devnull, f"{ABSENT}; try: pip install 'nats-py[nkeys]'"),
-    ],
+    ('', '/nowhere/x', 'cannot read /nowhere/x: No such file or directory'),
+    ('', os.devnull, f'{os.devnull} holds no credentials for NATS'),
+    ('import absent', os.devnull, f"{ABSENT}; try: pip install 'nats-py[nkeys]'"),
 )
 def test_credentials_that_cannot_be_used_are_one_line(nkeys, file, line, tmp_path, monkeypatch):
     replace_package('nkeys', nkeys, tmp_path, monkeypatch)
@@ -4711,32 +4574,13 @@ def test_without_nats_py_the_option_is_one_line(tmp_path, monkeypatch):
     assert line == f'relay.py: {ABSENT}; try: pip install nats-py\n'
 
 
-def test_without_the_option_nothing_of_nats_is_imported(tmp_path, monkeypatch):
+async def test_without_the_option_nothing_of_nats_is_imported(tmp_path, monkeypatch):
     replace_package('nats', 'import absent', tmp_path, monkeypatch)
-    with running_program('--host', '127.0.0.1') as process:
-        process.terminate()
-        assert (process.wait(), process.stderr.read()) == (0, '')
+    async with running() as program:
+        program.child.terminate()
+        await program.ends()
 
 
-WRONG_ADDRESSES = ['127.0.0.1', 'http://127.0.0.1', 'nats://', 'nats://:4222', 'nats://h:x']
-WRONG_ADDRESSES += ['nats://u:secret@h:0']
-FORM = 'not in the form nats://HOST:PORT or tls://HOST:PORT'
-
-
-@pytest.mark.parametrize(
-    'words, options',
-    [
-        *((FORM, ['--nats', address]) for address in WRONG_ADDRESSES),
-        ('needs --nats', ['--nats-creds', 'x']),
-        ('one URL or two', ['--check', 'ws://a', 'ws://b', 'ws://c']),
-    ],
-)
-def test_options_that_are_not_valid_are_one_line(words, options):
-    line = fails(*options, status=2)
-    assert words in line and 'secret' not in line
-
-
-@over_nats
 async def test_a_check_connects_two_clients_across_relays(bus, tokens):
     async with two_relays(bus, tokens=tokens) as (one, other):
         line = await relay.check(*(x.url.replace('//', '//alice:a1@') for x in (one, other)))
@@ -4745,61 +4589,7 @@ async def test_a_check_connects_two_clients_across_relays(bus, tokens):
         assert one.counts['registrations'] == other.counts['registrations'] == 1
 
 
-@over_nats
-async def test_relays_of_one_machine_share_a_port(bus):
-    options = '--host', '127.0.0.1', '--nats', bus
-    with running_program(*options) as one:
-        with running_program(*options, '--port', str(one.ports[0])) as other:
-            assert one.url == other.url
-            async with all_registered(one, [UUID(int=n + 1) for n in range(20)]) as peers:
-                for pair in zip(peers, peers[1:]):
-                    await until_connected(*pair)
-                for process in (one, other):
-                    process.terminate()
-                for peer in peers:
-                    await peer.closed_with()
-            logs = [process.stdout.read() for process in (one, other)]
-    counts = [log.count(' Registered') for log in logs]
-    assert min(counts) > 0 and sum(counts) == 20 and '"' not in ''.join(logs)
-
-
-@over_nats
-async def test_messages_over_nats_are_counted(bus):
-    async with two_clients(bus) as (one, other, a, b):
-        with moves(one, 'relay_remote_messages_total', 2):
-            with moves(other, 'relay_forwarded_messages_total', 2):
-                for _ in range(2):
-                    await a.say(a.offer(B))
-                    await b.hear()
-                await settled(one)
-        assert samples(one)['relay_forwarded_messages_total'] == 0
-        with moves(one, refused('unknown_peer')):
-            await a.ask(a.offer(C))
-        assert samples(one)['relay_remote_unknown_total'] == 1
-
-
-@over_nats
-async def test_the_metrics_show_the_connection_to_nats(bus):
-    async with joined_relay(bus) as one, registered(one, A) as a:
-        await until(lambda: samples(one)['relay_nats_round_trip_seconds'] > 0)
-        assert samples(one)['relay_nats_connected'] == 1
-        await one.backplane.close()
-        assert samples(one)['relay_nats_connected'] == 0
-        with moves(one, refused('disconnected')):
-            await a.ask(a.offer(B))
-
-
-@over_nats
-@pytest.mark.skipif(not shutil.which('promtool'), reason='promtool is not installed')
-async def test_promtool_accepts_the_metrics_with_nats(bus):
-    async with joined_relay(bus) as one:
-        text, command = relay.metrics(one).encode(), ['promtool', 'check', 'metrics']
-        done = await asyncio.to_thread(subprocess.run, command, input=text, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
-
-
-@over_nats
-@pytest.mark.parametrize('error, count', [('ConnectionClosedError', 0), ('KeyError', 1)])
+@each('error, count', ('ConnectionClosedError', 0), ('KeyError', 1))
 async def test_a_bug_in_a_task_is_logged_as_an_error_and_a_fault_is_not(
     bus, caplog, monkeypatch, error, count
 ):
@@ -4818,7 +4608,6 @@ async def test_a_bug_in_a_task_is_logged_as_an_error_and_a_fault_is_not(
     assert lines == ['Internal error while using NATS'] * count
 
 
-@over_nats
 async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, monkeypatch):
     async def without_reply(*args):
         await request(*args)
@@ -4835,8 +4624,7 @@ async def test_a_bug_while_sending_leaves_each_message_one_outcome(bus, caplog, 
     assert 'Internal error while using NATS' in [r.getMessage() for r in caplog.records]
 
 
-@over_nats
-async def test_losing_nats_while_subscribing_is_a_fault(bus, caplog, monkeypatch, quick):
+async def test_losing_nats_while_subscribing_is_a_fault(bus, log, monkeypatch, quick):
     async def interrupted(client, *args, **options):
         found = await subscribe(client, *args, **options)
         if not calls:
@@ -4848,12 +4636,9 @@ async def test_losing_nats_while_subscribing_is_a_fault(bus, caplog, monkeypatch
     monkeypatch.setattr('nats.NATS.subscribe', interrupted)
     async with joined_relay(bus) as server:
         await until(lambda: server.backplane.round_trip)
-        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    lost = '; clients of other relays cannot be reached'
-    assert lines == [f'NATS: interrupted while connecting{lost}']
+        assert log('NATS: ') == [f'NATS: interrupted while connecting{LOST}']
 
 
-@over_nats
 async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
     transport = relay._import_nats(None).aio.transport.TcpTransport()
     with socket.create_server(('127.0.0.1', 0)) as server:
@@ -4872,28 +4657,29 @@ async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
     assert not asyncio.get_running_loop().remove_writer(descriptor)
 
 
-@over_nats
-async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(caplog, monkeypatch, quick):
+async def test_an_answer_in_flight_when_nats_is_lost_leaves_no_task(
+    nats_server, log, monkeypatch, quick
+):
     async def respond(message, data):
         answering.set()
         # The library does this where it waits for what it writes.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    answering = asyncio.Event()
+    server, answering = nats_server(), asyncio.Event()
     monkeypatch.setattr('nats.aio.msg.Msg.respond', respond)
-    with logged(caplog), running_nats() as server:
-        async with two_clients(server.url) as (_, other, a, _):
-            await a.say(a.offer(B))
-            await answering.wait()
-            server.kill()
-            await until(lambda: not other.backplane.connected)
-        gc.collect()
-        assert tasks_of('_wait_for_msgs') == []
+    async with two_clients(server.url) as (_, other, a, _):
+        await a.say(a.offer(B))
+        await answering.wait()
+        server.kill()
+        await until(lambda: not other.backplane.connected)
+    gc.collect()
+    assert tasks_of('_wait_for_msgs') == []
 
 
-@over_nats
-async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkeypatch, quick):
+async def test_all_clients_are_reached_after_nats_is_killed_during_claims(
+    nats_server, monkeypatch, quick
+):
     async def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 30:
@@ -4903,22 +4689,21 @@ async def test_all_clients_are_reached_after_nats_is_killed_during_claims(monkey
             time.sleep(0.2)
         return await subscribe(*args, **options)
 
-    calls, subscribe, uuids = [], nats.NATS.subscribe, [UUID(int=n) for n in range(1000, 1060)]
+    server, calls, uuids = nats_server(started=False), [], [UUID(int=n) for n in range(1000, 1060)]
+    subscribe = nats.NATS.subscribe
     monkeypatch.setattr('nats.NATS.subscribe', interrupted)
-    with running_nats(started=False) as server:
-        async with two_relays(server.url, wait=False) as (one, other):
-            async with all_registered(other, uuids) as peers, registered(one, A) as a:
-                server.recover()
-                await until(lambda: len(calls) > 30 + 60)
-                await until(lambda: one.backplane.connected and other.backplane.connected)
-                await settled(one, other)
-                for peer in peers:
-                    await a.say(a.offer(peer.uuid))
-                    assert await peer.hear() == a.offer(peer.uuid)
-                await until_subscribed(server, A, *uuids)
+    async with two_relays(server.url, wait=False) as (one, other), registered(one, A) as a:
+        async with all_of(registered(other, uuid) for uuid in uuids) as peers:
+            server.recover()
+            await until(lambda: len(calls) > 30 + 60)
+            await until(lambda: one.backplane.connected and other.backplane.connected)
+            await settled(one, other)
+            for peer in peers:
+                await a.say(a.offer(peer.uuid))
+                assert await peer.hear() == a.offer(peer.uuid)
+            await until_subscribed(server, A, *uuids)
 
 
-@over_nats
 async def test_a_relay_whose_port_is_taken_leaves_nats_before_it_ends(bus):
     with pytest.raises(relay.StartError, match='Address already in use'):
         await relay.serve('127.0.0.1', urlsplit(bus).port, nats=[bus])
@@ -4926,7 +4711,6 @@ async def test_a_relay_whose_port_is_taken_leaves_nats_before_it_ends(bus):
     assert not tasks_of('Backplane')
 
 
-@over_nats
 async def test_work_cancelled_before_it_starts_leaves_no_coroutine(bus):
     async with joined_relay(bus) as server:
         await settled(server)
@@ -4937,9 +4721,8 @@ async def test_work_cancelled_before_it_starts_leaves_no_coroutine(bus):
         gc.collect()  # a warning would fail the test
 
 
-@over_nats
-@pytest.mark.parametrize('how', ['reset', 'killed'])
-async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch, quick):
+@each('how', 'reset', 'killed')
+async def test_a_lost_connection_to_nats_leaves_no_task(how, nats_server, log, monkeypatch, quick):
     async def drain(transport):
         if lost:
             transport._io_writer.transport.abort()
@@ -4950,27 +4733,26 @@ async def test_a_lost_connection_to_nats_leaves_no_task(how, caplog, monkeypatch
         if client.is_closed:  # something is still to be written when it closes
             client._pending_data_size = 1
 
-    lost, flush = [], nats.NATS._flush_pending
+    lost, flush, server = [], nats.NATS._flush_pending, nats_server()
     monkeypatch.setattr('nats.aio.transport.TcpTransport.drain', drain)
     monkeypatch.setattr('nats.NATS._flush_pending', flush_pending)
-    with logged(caplog), running_nats() as server:
-        async with Link(server.port) as link, joined_relay(link.url) as one:
-            async with all_registered(one, [UUID(int=n + 1) for n in range(50)]):
-                await settled(one)
-                tasks = tasks_of('_wait_for_msgs')
-                assert len(tasks) >= 51
-                lost.append(how)
-                if how == 'killed':
-                    server.kill()
-                link.kill()
-                await asyncio.wait(tasks)
-                lost.clear()
-                link.recover()
-                if how == 'reset':
-                    await until(lambda: one.backplane.connected)
-        del tasks
-        gc.collect()
-        assert tasks_of('_wait_for_msgs') == []
+    async with Link(server.port) as link, joined_relay(link.url) as one:
+        async with all_of(registered(one, UUID(int=n + 1)) for n in range(50)):
+            await settled(one)
+            tasks = tasks_of('_wait_for_msgs')
+            assert len(tasks) >= 51
+            lost.append(how)
+            if how == 'killed':
+                server.kill()
+            link.kill()
+            await asyncio.wait(tasks)
+            lost.clear()
+            link.recover()
+            if how == 'reset':
+                await until(lambda: one.backplane.connected)
+    del tasks
+    gc.collect()
+    assert tasks_of('_wait_for_msgs') == []
 
 
 @contextlib.asynccontextmanager
@@ -4989,7 +4771,6 @@ async def another_program(url, *replies):
     await client.close()
 
 
-@over_nats
 async def test_each_message_goes_to_only_one_of_two_holders(bus):
     async with two_clients(bus) as (one, other, a, b), another_program(bus) as (_, arrived):
         await settled(other)
@@ -4999,25 +4780,18 @@ async def test_each_message_goes_to_only_one_of_two_holders(bus):
             await until_handled(a)
             await until(lambda: is_idle(one))
         await hears_only(a)
-        mark = b.offer(B, description='end')
-        await b.say(mark)
-        while (message := await b.hear()) != mark:
-            arrived.append(message)
+        arrived += await before_mark(b, b)
         assert sorted(arrived, key=lambda message: int(message['description'])) == offers
 
 
-@over_nats
-@pytest.mark.parametrize('reply', ['sold_out', 'backlog,backlog', '{"verdict": null}', '\x00'])
-async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, caplog, reply):
-    with logged(caplog) as lines:
-        async with another_program(bus, reply), joined_relay(bus) as one, registered(one, A) as a:
-            for _ in range(2):
-                assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
-    warning = 'NATS: another relay gave a verdict not known here'
-    assert [line for line in lines() if 'verdict' in line] == [warning]
+@each('reply', 'sold_out', 'backlog,backlog', '{"verdict": null}', '\x00')
+async def test_a_verdict_of_a_newer_relay_sends_the_message_back(bus, log, reply):
+    async with another_program(bus, reply), joined_relay(bus) as one, registered(one, A) as a:
+        for _ in range(2):
+            assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
+    assert log('verdict') == ['NATS: another relay gave a verdict not known here']
 
 
-@over_nats
 async def test_a_message_to_a_client_that_has_just_moved_is_sent_again(bus):
     async with another_program(bus, 'unknown_peer', '') as (_, arrived):
         async with joined_relay(bus) as one, registered(one, A) as a:
@@ -5027,8 +4801,7 @@ async def test_a_message_to_a_client_that_has_just_moved_is_sent_again(bus):
             await hears_only(a)
 
 
-@over_nats
-async def test_claims_of_another_version_are_ignored_with_one_warning(bus, caplog):
+async def test_claims_of_another_version_are_ignored_with_one_warning(bus, log):
     async def publish(**batch):
         additional = 'f', 0, 'x', 'an additional item'
         batch['claims'] = [[f'relay.client.-.{A}', time.time_ns() + HOUR, *additional]]
@@ -5039,39 +4812,36 @@ async def test_claims_of_another_version_are_ignored_with_one_warning(bus, caplo
     async with joined_relay(bus) as one, registered(one, A) as a:
         async with another_program(bus) as (client, _):
             await settled(one)
-            with logged(caplog) as lines:
-                for _ in range(2):
-                    await publish(version=2)
-                await exchange(a, a)
-            warning = 'NATS: another relay makes claims of a version not known here'
-            assert [line for line in lines() if 'version' in line] == [warning]
+            for _ in range(2):
+                await publish(version=2)
+            await exchange(a, a)
+            assert log('version') == [
+                'NATS: another relay makes claims of a version not known here'
+            ]
             await publish(version=1, additional=None)
             assert await a.closed_with() == 1001
 
 
-@over_nats
-async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, caplog):
-    with logged(caplog) as lines:
-        async with two_relays(bus) as servers, contextlib.AsyncExitStack() as stack:
-            for number in range(10):
-                await stack.enter_async_context(registered(servers[number % 2], A))
-                await settled(*servers)
+async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, log):
+    async with two_relays(bus) as servers, contextlib.AsyncExitStack() as stack:
+        for number in range(10):
+            await stack.enter_async_context(registered(servers[number % 2], A))
+            await settled(*servers)
     place, advice = r'127\.0\.0\.1:\d+', 'give one of them a new UUID'
     pattern = rf'UUID {A} .* by {place} and {place} \(on another relay\); .*{advice}'
     # Each relay counts by itself.
-    assert len([line for line in lines() if 'again and again' in line]) == 2
-    assert len([line for line in lines() if re.fullmatch(pattern, line)]) == 2
+    assert len(log('again and again')) == 2
+    assert all(re.fullmatch(pattern, line) for line in log('again and again'))
 
 
-@over_nats
-@pytest.mark.parametrize(
-    'limit, kind', [('MAX_IN_FLIGHT', 'disconnected'), ('MAX_BACKLOG', 'backlog')]
-)
-async def test_messages_in_flight_are_limited(bus, monkeypatch, limit, kind):
-    monkeypatch.setattr(relay, limit, 100_000)
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 60)
-    async with client_of_a_process(bus) as (process, one, a, b), registered(one, C) as c:
-        size = len(json.dumps(a.offer(B, description='x' * 1000))) + relay.MESSAGE_COST
+@each('limit, kind', ('MAX_IN_FLIGHT', 'disconnected'), ('MAX_BACKLOG', 'backlog'))
+async def test_messages_in_flight_are_limited(bus, limit, kind):
+    limits = {limit: 100_000, 'NATS_REQUEST_TIMEOUT': 60}
+    async with client_of_a_process(bus, **limits) as (process, one, a, b), registered(one, C) as c:
+        text = json.dumps(a.offer(B, description='x' * 1000))
+        size = len(text) + relay.MESSAGE_COST
+        if limit == 'MAX_IN_FLIGHT':
+            size = relay.InFlight(None, decode(text), text.encode()).memory()
         rooms = {a: 100_000 // size, c: 0}
         process.freeze()
         for sender, room in rooms.items():
@@ -5084,10 +4854,8 @@ async def test_messages_in_flight_are_limited(bus, monkeypatch, limit, kind):
         b.websocket.transport.abort()  # it has more unread messages than it would read
 
 
-@over_nats
 async def test_an_upgrade_that_takes_too_long_sends_messages_back(bus, monkeypatch):
-    monkeypatch.setattr(relay, 'NATS_REQUEST_TIMEOUT', 0.2)
-    async with two_clients(bus) as (_, other, a, b):
+    async with two_clients(bus, NATS_REQUEST_TIMEOUT=0.2) as (_, other, a, b):
         await exchange(a, b)
         await other.backplane.close(upgrading=True)
         assert await a.ask(a.offer(B)) == sent_back(a.offer(B), 'disconnected')
@@ -5121,23 +4889,14 @@ class Checker:
 
     def __init__(self, seed, faults):
         self.random, self.faults = random.Random(seed), faults
+        self.servers, self.relays, self.links = [], [], []
         self.attempts, self.problems, self.ongoing = [], [], {}
         self.holders = {UUID(int=n): None for n in range(1, 13)}  # the last attempt, by UUID
         self.messages, self.outcomes = [], {}  # (sender, UUID, time); reasons or None, by number
         self.arrivals = []  # (attempt, number), in order
         self.counts = Counter()
 
-    async def start(self, stack, relays, servers):
-        self.servers = stack.enter_context(running_cluster(servers))
-        self.relays, self.links = [], []
-        for _ in range(relays):
-            links = [await stack.enter_async_context(Link(s.port)) for s in self.servers]
-            process = relay_process(*(link.url for link in links))
-            self.relays.append(await stack.enter_async_context(process))
-            self.links += links
-
     async def wait_for(self, condition, patience):
-        """Wait until a condition holds, for so many seconds at most."""
         end = time.monotonic() + patience
         while not condition() and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -5189,7 +4948,6 @@ class Checker:
         return number
 
     async def talk(self):
-        """Send bursts between random clients."""
         while True:
             living = [attempt for attempt in self.holders.values() if attempt and attempt.alive]
             if living:
@@ -5231,9 +4989,7 @@ class Checker:
     async def upgrade(self):
         """Upgrade each relay, and the first one again."""
         for process in [*self.relays, self.relays[0]]:
-            count = process.count('Upgraded ') + 1
-            process.child.send_signal(signal.SIGUSR2)
-            await until(lambda p=process, n=count: p.count('Upgraded ') == n)
+            await process.signal(signal.SIGUSR2, 'Upgraded ')
             self.counts['upgrades'] += 1
 
     async def run(self, seconds, *happenings):
@@ -5323,9 +5079,14 @@ class Checker:
 
 async def check_relays(seed, seconds, relays=2, servers=1, happenings=('take_over', 'harm')):
     """Check relays under random faults; return figures. Raises AssertionError with problems."""
-    checker = Checker(seed, 'harm' in happenings)
     async with contextlib.AsyncExitStack() as stack:
-        await checker.start(stack, relays, servers)
+        checker = Checker(seed, 'harm' in happenings)
+        checker.servers = run_cluster(functools.partial(run_nats, stack), servers)
+        for _ in range(relays):
+            links = [await stack.enter_async_context(Link(s.port)) for s in checker.servers]
+            process = relay_process(*(link.url for link in links))
+            checker.relays.append(await stack.enter_async_context(process))
+            checker.links += links
         try:
             works = [getattr(checker, name) for name in happenings]
             figures = await checker.run(seconds, *works)
@@ -5336,50 +5097,52 @@ async def check_relays(seed, seconds, relays=2, servers=1, happenings=('take_ove
     return figures
 
 
-@needs_nats
-@pytest.mark.parametrize('relays', [2, 3])
-def test_relays_recover_from_random_faults(relays):
+@each('relays', 2, 3)
+def test_relays_recover_from_random_faults(relays, nats_server):
     figures = asyncio.run(check_relays(1, 1.5, relays))
     assert figures['messages'] > 100 and figures['faults']
 
 
-@needs_nats
-def test_each_message_has_one_outcome_during_takeovers():
+def test_each_message_has_one_outcome_during_takeovers(nats_server):
     figures = asyncio.run(check_relays(1, 1, relays=3, servers=3, happenings=['take_over']))
     assert figures['messages'] > 100 and figures['takeovers']
 
 
 @on_linux
-@needs_nats
-def test_each_message_arrives_or_comes_back_during_upgrades():
+def test_each_message_arrives_or_comes_back_during_upgrades(nats_server):
     figures = asyncio.run(check_relays(1, 60, happenings=['upgrade', *3 * ['talk']]))
     assert figures['upgrades'] == 3 and figures['messages'] > 100
-    assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', DISCONNECTED}
+    # About 240 messages wait for a peer whose relay is being upgraded; more are refused.
+    allowed = {f'{relay.FORWARD_ERRORS[kind]}.' for kind in ('disconnected', 'backlog')}
+    assert figures.keys() <= {'upgrades', 'messages', 'takeovers', 'arrived', *allowed}
 
 
-@on_linux
-@needs_nats
-@run_upgrades
-async def test_a_shared_port_stays_shared(tmp_path, bus):
-    (tmp_path / 'other').mkdir()
-    async with upgradable(tmp_path, '--nats', bus) as one:
-        # The last --port holds.
-        options = '--nats', bus, '--port', str(one.ports[0])
-        async with upgradable(tmp_path / 'other', *options) as other:
+async def test_a_shared_port_stays_shared(upgradable, bus):
+    async with upgradable('--nats', bus) as one:
+        async with upgradable('--nats', bus, '--port', one.ports[0]) as other:
             assert one.ports == other.ports
             sockets = one.listening(), other.listening()
             await one.upgrade()
             await other.upgrade()
             assert (one.listening(), other.listening()) == sockets
-            for _ in range(20):
-                async with registered(one, uuid4()) as peer:
-                    await exchange(peer, peer)
+            async with all_of(registered(one, uuid4()) for _ in range(20)) as peers:
+                for pair in zip(peers, peers[1:]):
+                    await until_connected(*pair)
+                for process in (one, other):
+                    process.child.terminate()
+                for peer in peers:
+                    await peer.closed_with()
+                for process in (one, other):
+                    await process.ends()
+            counts = [len(process.lines('Registered')) for process in (one, other)]
+            assert min(counts) > 0 and sum(counts) == 20
+            assert not one.lines('"') + other.lines('"')
 
 
-@needs_nats
-@run_upgrades
-async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(tmp_path, bus):
-    async with upgradable(tmp_path, '--nats', bus) as program:
+async def test_a_client_that_registers_elsewhere_during_the_upgrade_keeps_its_uuid(
+    upgradable, bus
+):
+    async with upgradable('--nats', bus) as program:
         await program.logs('NATS is connected')
         async with joined_relay(bus) as server, registered(server, B) as peer:
             async with registered(program, A) as old:
@@ -5689,10 +5452,10 @@ def measured(url, *options):
     return asyncio.to_thread(forked(main, url, '--pairs', 3, '--seconds', 0.2, *options))
 
 
-def test_the_benchmark_measures_a_relay():
-    with running_program('--host', '127.0.0.1') as process:
-        options = '--pairs', '3', '--seconds', '0.2', '--json', '--pid', str(process.pid)
-        command = [sys.executable, HERE / 'test_relay.py', process.url, *options]
+async def test_the_benchmark_measures_a_relay():
+    async with running() as program:
+        options = '--pairs', '3', '--seconds', '0.2', '--json', '--pid', str(program.child.pid)
+        command = [sys.executable, HERE / 'test_relay.py', program.url, *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     found = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, '')
@@ -5704,10 +5467,9 @@ def test_the_benchmark_measures_a_relay():
 
 async def test_the_benchmark_prints_a_table_and_uses_a_token_and_tls(pem, tokens, monkeypatch):
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
-    options = '--certfile', str(pem / 'both.pem'), '--token-file', tokens
-    with running_program('--host', '127.0.0.1', *options) as process:
+    async with running('--certfile', pem / 'both.pem', '--token-file', tokens) as program:
         # A message of this size arrives in many pieces.
-        url = process.url.replace('ws://', 'wss://alice:a1@')
+        url = program.url.replace('wss://', 'wss://alice:a1@')
         status, text, errors = await measured(url, '--size', '500000')
     assert (status, errors) == (0, '')
     assert re.search(r'^messages per second +[1-9]\d*$', text, re.M) and 'cpu' not in text
@@ -5734,19 +5496,18 @@ async def test_the_benchmark_counts_messages_that_change_on_the_way():
 @pytest.mark.parametrize(
     'end, line',
     [
-        (lambda process, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
-        (lambda process, benchmark: process.terminate(), 'closed: '),
-        (lambda process, benchmark: process.kill(), 'closed: '),
+        (lambda program, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
+        (lambda program, benchmark: program.child.terminate(), 'closed: '),
+        (lambda program, benchmark: program.kill(), 'closed: '),
     ],
     ids=['Ctrl-C', 'the relay stops', 'the relay is killed'],
 )
-def test_a_benchmark_that_ends_early_is_one_line(end, line):
-    with running_program('--host', '127.0.0.1') as process:
-        benchmark = forked(main, process.url, '--pairs', '3')
+async def test_a_benchmark_that_ends_early_is_one_line(end, line):
+    async with running() as program:
+        benchmark = forked(main, program.url, '--pairs', '3')
         # Its six clients register after two of the check and two that look for the generation.
-        registered = (x for x in process.stdout if ':: Registered' in x)
-        assert len([*itertools.islice(registered, 2 + 2 + 6)]) == 10
-        end(process, benchmark.child)
+        await program.logs('Registered', 2 + 2 + 6)
+        end(program, benchmark.child)
         status, text, errors = benchmark()
     assert (status, text, errors.count('\n')) == (1, '', 1)
     assert errors.startswith(f'test_relay.py: {line}')
@@ -5765,12 +5526,12 @@ async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
     assert 'closed: received 1008 (policy violation) not today; ' in errors
 
 
-def test_a_benchmark_that_cannot_begin_is_one_line():
+async def test_a_benchmark_that_cannot_begin_is_one_line():
     fails_with = functools.partial(fails, program=sys.modules[__name__])
     assert ' ws://127.0.0.1:1: [Errno ' in fails_with('ws://alice:secret@127.0.0.1:1')
-    with running_program('--host', '127.0.0.1', '--max-clients', '5') as process:
-        assert ': closed: received 1013 ' in fails_with(process.url)
-        assert '--pid 999999999: No such file' in fails_with(process.url, '--pid', '999999999')
+    async with running('--max-clients', 5) as program:
+        assert ': closed: received 1013 ' in fails_with(program.url)
+        assert '--pid 999999999: No such file' in fails_with(program.url, '--pid', '999999999')
 
 
 run_coroutines(globals())
