@@ -421,6 +421,7 @@ async def test_a_registration_displaces_the_old_socket_before_it_is_answered(gen
         async with registered(server, A, generation=generation) as old:
             new.uuid, order = A, []
             await new.say(new.registration())
+            await new.say(new.offer(B))  # which waits for the registration
             closed = asyncio.ensure_future(old.close_frame())
             closed.add_done_callback(order.append)
             answered = asyncio.ensure_future(new.hear())
@@ -431,6 +432,7 @@ async def test_a_registration_displaces_the_old_socket_before_it_is_answered(gen
             assert close.code == code
             assert close.reason.startswith('Relay received a registration with the same ID.')
             await until(lambda: len(server._websocket_to_client) == 2)
+            assert await peer.hear() == new.offer(B)
             await exchange(new, peer)
 
 
