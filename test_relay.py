@@ -3132,7 +3132,7 @@ async def end(wire, steps):
 INCOMPLETE = {'MESSAGE_TIMEOUT': 0.1, 'SWEEP_INTERVAL': 0.02}
 FRAGMENT = frame_of(TEXT, b'x' * 2**15, 0)
 CLOSED = {
-    'too long': ({'max_size': 300}, [Wire.register, said('x' * 512)], 1009, 'too_large'),
+    'too long': ({'max_size': 300}, [frame_of(TEXT, length=301)], 1009, 'too_large'),
     'too long, unregistered': ({}, [frame_of(TEXT, length=2**16 + 1)], 1009, 'too_large'),
     'too long in two': ({}, [FRAGMENT, frame_of(CONT, length=2**15 + 1)], 1009, 'too_large'),
     'silence': ({'REGISTER_TIMEOUT': 0.1, 'close_timeout': 0.1}, [], 1008, 'never_registered'),
