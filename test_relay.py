@@ -171,6 +171,16 @@ class Peer:
         """Send bytes, which need not be a frame."""
         self.transport.write(b''.join(data))
 
+    def stall(self):
+        """Stop reading from the socket, as a client does that hangs or lost its network."""
+        self.transport.pause_reading()
+
+    def reset(self):
+        """Close the connection with a RST."""
+        sock = self.transport.get_extra_info('socket')
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        self.transport.abort()
+
     async def say(self, message):
         await self.websocket.send(
             message if isinstance(message, (str, bytes)) else json.dumps(message)
@@ -265,15 +275,7 @@ async def before_mark(sender, receiver):
 
 
 def stall(peer):
-    """Stop reading from the socket, as a client does that hangs or lost its network."""
-    peer.transport.pause_reading()
-
-
-def reset(peer):
-    """Close the connection with a RST."""
-    sock = peer.transport.get_extra_info('socket')
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-    peer.transport.abort()
+    peer.stall()
 
 
 async def fill_backlog(sender, uuid, letter='x'):
@@ -439,7 +441,7 @@ async def test_a_registration_displaces_the_old_socket_before_it_is_answered(gen
 @both_ways
 async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
     async with relay_with(B, A, TAKEOVER_TIMEOUT=0.05) as (server, peer, old):
-        stall(old)
+        old.stall()
         # The relay gives a dead socket 10 s to close, longer than this test may take.
         async with registered(server, A) as new:
             await exchange(new, peer)
@@ -452,7 +454,7 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
 async def test_the_last_of_three_to_register_holds_the_uuid(generation, code, log):
     async with relay_with(A, FIGHT=1) as (server, first):
         async with connected(server) as second, connected(server) as third:
-            stall(first)
+            first.stall()
             for peer, name in ((second, 'second'), (third, 'third')):
                 peer.uuid, peer.name, peer.generation = A, name, generation
             await second.say(second.registration())
@@ -539,7 +541,7 @@ async def test_a_message_comes_back_to_its_sender_alone(one, other):
 @both_ways
 async def test_a_peer_that_does_not_read_delays_no_other_and_may_read_again(letter):
     async with relay_with(A, B, C) as (server, sender, slow, other):
-        stall(slow)
+        slow.stall()
         with moves(server, refused('backlog')):
             refusal = await fill_backlog(sender, B, letter)
         assert refusal['error'].endswith('this peer does not read what is sent to it.')
@@ -617,7 +619,7 @@ def log(caplog):
 # What breaks the rules of WebSocket also ends a connection: see BROKEN and ENDINGS below.
 LEAVES = {
     'close': [lambda peer: peer.websocket.close()],
-    'reset': [reset],
+    'reset': [Peer.reset],
     'end in a frame': [b'\x81\xfe\xff\xff', lambda peer: peer.transport.close()],
 }
 
@@ -1030,7 +1032,7 @@ async def test_messages_over_tls_are_forwarded_and_a_backlog_is_bounded(pem, fil
     tls = relay.tls_context(*(name and str(pem / name) for name in files))
     async with relay_with(A, B, tls=tls, ssl=trusting(pem)) as (_, one, other):
         await exchange(one, other)
-        stall(other)
+        other.stall()
         assert 'does not read' in (await fill_backlog(one, B))['error']
         other.transport.resume_reading()
 
@@ -2004,7 +2006,7 @@ async def unread(program, sender, texts):
     """Send offers to a client that does not read them; yields the client and the offers."""
     async with wired(program, narrow=True) as slow:
         await slow.register()
-        stall(slow)
+        slow.stall()
         offers = [sender.offer(slow.peer.uuid, description=text) for text in texts]
         for offer in offers:
             await sender.say(offer)
@@ -3040,7 +3042,7 @@ async def is_closed(wire):
 
 async def leaves_unread(wire):
     """More waits for a client than the kernel holds, and less than it is held for."""
-    stall(wire)
+    wire.stall()
     link, log = wire.link, wire.server.refusal_log
     while not link.output:
         before = log.get(link.client)
@@ -3086,20 +3088,20 @@ ENDINGS = {
     'closed by the relay, unread output': [leaves_unread, is_closed],
     'closed by the relay, and more': [is_closed, said('x') * 2**14],
     'no pong': [ends_with(1011, pings=[1])],
-    'no pong, stalled': [stall],
+    'no pong, stalled': [Wire.stall],
     'no pong, unread output': [leaves_unread],
-    'reset': [reset],
-    'reset in a frame': [said('x' * 300)[:99], reset],
-    'reset after its close': [CLOSE_1000, reset],
-    'reset after the echo of its close': [CLOSE_1000, ends_with(1000), reset],
-    'reset after the close of the relay': [is_closed, reset],
-    'reset, unread output': [leaves_unread, reset],
-    'reset, paused': [paused(60), said('{}') * 300, received(2000), reset],
-    'reset, more': [paused(60), said('x' * 500) * 100, received(49_000), reset],
-    'reset, not read': [paused(60), said('x' * 1000) * 1000, is_not_read, reset],
-    'reset, flooded': [stall, frame_of(PING, b'x' * 125) * 2**14, is_not_read, reset],
+    'reset': [Wire.reset],
+    'reset in a frame': [said('x' * 300)[:99], Wire.reset],
+    'reset after its close': [CLOSE_1000, Wire.reset],
+    'reset after the echo of its close': [CLOSE_1000, ends_with(1000), Wire.reset],
+    'reset after the close of the relay': [is_closed, Wire.reset],
+    'reset, unread output': [leaves_unread, Wire.reset],
+    'reset, paused': [paused(60), said('{}') * 300, received(2000), Wire.reset],
+    'reset, more': [paused(60), said('x' * 500) * 100, received(49_000), Wire.reset],
+    'reset, not read': [paused(60), said('x' * 1000) * 1000, is_not_read, Wire.reset],
+    'reset, flooded': [Wire.stall, frame_of(PING, b'x' * 125) * 2**14, is_not_read, Wire.reset],
     # The answer to the first but one cannot be written.
-    'messages and reset, paused': [paused(0.01), said('x' * 6000) * 9, reset],
+    'messages and reset, paused': [paused(0.01), said('x' * 6000) * 9, Wire.reset],
 }
 TLS_ENDINGS = {
     **ENDINGS,
@@ -3214,7 +3216,7 @@ async def test_every_kind_of_ending_is_in_time_and_leaves_no_garbage(security, n
             for name, (data, _) in BROKEN.items():
                 await begin(name, [data], tls=security[1])
             for start in TLS_STARTS if security[0] else STARTS:
-                for leave in (reset, Wire.finish, stall):
+                for leave in (Wire.reset, Wire.finish, Wire.stall):
                     await begin((start, leave), [start, leave], opened=False)
             await asyncio.gather(*tasks)
             with contextlib.suppress(asyncio.TimeoutError):
@@ -3239,7 +3241,7 @@ async def test_clients_that_are_lost_leave_no_timer(no_collection):
         for data in (b'GET / HTTP/1.1', HANDSHAKE, b'?\r\n\r\n'):
             async with wired(server, opened=False) as wire:
                 await wire.send_and_wait(data)
-                reset(wire)
+                wire.reset()
         await until(lambda: not server.listener.connections)
         gc.collect()
         assert kept() == left
@@ -3249,7 +3251,7 @@ async def test_clients_that_are_lost_leave_no_timer(no_collection):
 async def test_a_peer_that_reads_a_byte_at_a_time_does_not_hurt_others():
     async with relay_with_wire(narrow=True) as (server, one, slow):
         async with registered(server, B) as other:
-            stall(slow)
+            slow.stall()
             message = one.offer(slow.uuid, description='x' * 2**16)
             for _ in range(100):
                 await one.say(message)
@@ -3272,7 +3274,7 @@ FLOODS = {
 async def test_a_client_that_does_not_read_is_not_read(data, count, security):
     options = {'narrow': True, 'MAX_BACKLOG': 2**18}
     async with relay_with_wire(security, **options) as (_, peer, wire):
-        stall(wire)
+        wire.stall()
         wire.send(data * count)
         link = wire.link
         await until(lambda: relay.UNREAD in link.paused_for)
@@ -3466,7 +3468,7 @@ async def test_out_of_memory_the_client_that_holds_the_most_is_closed():
 
 async def test_out_of_memory_a_client_that_does_not_read_is_dropped():
     async with relay_with_wire(narrow=True, MAX_BUFFERED=2**18) as (server, sender, wire):
-        stall(wire)
+        wire.stall()
         while holder(server, wire.uuid):
             await sender.say(sender.offer(wire.uuid, description='x' * 2**14))
             await before_mark(sender, sender)
@@ -3609,7 +3611,7 @@ async def test_a_peer_lost_while_it_is_written_to_affects_no_other(security, log
                 await wire.register()
                 wire.send(said('{}') * 200)
                 await peer.say(peer.offer(wire.uuid, description='x' * 2**16))
-                reset(wire)
+                wire.reset()
                 while holder(server, wire.uuid):
                     await peer.say(peer.offer(wire.uuid))
                     await before_mark(peer, peer)
