@@ -1008,11 +1008,17 @@ def forked(program, *options):
     return ended
 
 
-def fails(*options, status=1, program=relay):
-    """Run a program, see it fail with one line on standard error, and return the line."""
-    ended, text, line = forked(program.main, *options)()
+def one_line(result, status=1):
+    """See that a program failed with one line on standard error, and return the line."""
+    ended, text, line = result
     assert (ended, text, line.count('\n')) == (status, '', 1)
-    assert line.startswith(f'{Path(program.__file__).name}: ')
+    return line
+
+
+def fails(*options, status=1):
+    """Run relay.py, see it fail with one line on standard error, and return the line."""
+    line = one_line(forked(relay.main, *options)(), status)
+    assert line.startswith('relay.py: ')
     return line
 
 
@@ -1026,6 +1032,7 @@ ONE_LINE_ERRORS = [
     ('--log-dir cert.pem/logs', 1, 'cert.pem/logs'),
     ('--host 127.0.0.1 --port {}', 1, ' cannot listen on 127.0.0.1:{}: Address already in use\n'),
     ('--host relay.invalid', 1, 'cannot listen on relay.invalid:0: '),
+    ('--host 127.0.0.1 --metrics-port {}', 1, ' cannot listen on 127.0.0.1:{}: Address already'),
     ('--host 192.0.2.1', 1, 'cannot listen on 192.0.2.1:0: '),
     ('--host a..b', 1, 'cannot listen on a..b:0: '),
     ('--host ::::', 1, 'cannot listen on :::::0: '),
@@ -1045,7 +1052,7 @@ ONE_LINE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize('options, status, fault', ONE_LINE_ERRORS)
+@each('options, status, fault', *ONE_LINE_ERRORS)
 def test_a_wrong_option_or_file_is_one_line(options, status, fault, pem, monkeypatch):
     monkeypatch.chdir(pem)
     with socket.create_server(('127.0.0.1', 0)) as taken:
@@ -1054,13 +1061,10 @@ def test_a_wrong_option_or_file_is_one_line(options, status, fault, pem, monkeyp
     assert fault.format(port) in line and 'None' not in line
 
 
-@pytest.mark.parametrize(
+@each(
     'options, result',
-    [
-        ('--version', (0, f'relay.py {relay.__version__}\n', '')),
-        ('--verbose', (2, '', 'relay.py: error: unrecognized arguments: --verbose\n')),
-        ('--certfile /no', (1, '', 'relay.py: cannot read /no: No such file or directory\n')),
-    ],
+    ('--version', (0, f'relay.py {relay.__version__}\n', '')),
+    ('--certfile /no', (1, '', 'relay.py: cannot read /no: No such file or directory\n')),
 )
 def test_the_file_can_be_started_by_its_name(options, result):
     assert (HERE / 'relay.py').read_text().startswith('#!/usr/bin/env python3\n')
@@ -1070,14 +1074,26 @@ def test_the_file_can_be_started_by_its_name(options, result):
     assert (done.returncode, done.stdout, done.stderr) == result
 
 
-@pytest.mark.parametrize('signals', ['SIGTERM', 'SIGINT', 'SIGTERM SIGTERM', 'SIGTERM SIGINT'])
-async def test_a_signal_closes_the_clients_and_stops_the_relay(signals):
-    async with running() as program:
-        async with registered(program, A) as peer:
+@each('signals, secure', ('SIGINT', False), ('SIGTERM SIGTERM SIGINT', True))
+async def test_a_signal_closes_all_connections_and_stops_the_relay(signals, secure, pem):
+    options = ['--certfile', pem / 'both.pem'] if secure else []
+    trust = trusting(pem) if secure else None
+    assert relay.STOP_HANDSHAKE < 5
+    async with running(*options, STOP_HANDSHAKE=0.1) as program:
+        async with (
+            registered(program, A, ssl=trust) as peer,
+            wired(program, trust, opened=False),  # sends nothing
+            wired(program, trust, opened=False) as wire,
+        ):
+            wire.send(b'GET / HTTP/1.1\r\nUp')
+            # Connections are accepted in order.
+            async with wired(program, trust):
+                pass
             for name in signals.split():
                 program.child.send_signal(signal.Signals[name])
             assert await peer.closed_with() == CloseCode.GOING_AWAY
-        await program.ends()
+            # Otherwise, a handshake has ten seconds, longer than this test may take.
+            await program.ends()
         lines = program.log.read_text().splitlines()
     form = r'\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}\] (INFO |WARNING) \(relay\) :: \S.*'
     assert len(lines) == 6 and all(re.fullmatch(form, line) for line in lines)
@@ -1093,25 +1109,6 @@ async def test_a_client_that_neither_reads_nor_closes_does_not_delay_the_stop():
             peer.websocket.transport.abort()
         log = program.log.read_text()
     assert re.search(r'Unregistered .*\n.*Server closed\n', log) and 'Traceback' not in log
-
-
-@pytest.mark.parametrize('secure', [False, True])
-async def test_a_connection_without_a_whole_request_does_not_delay_the_stop(secure, pem):
-    assert relay.STOP_HANDSHAKE < 5
-    options = ['--certfile', pem / 'both.pem'] if secure else []
-    trust = trusting(pem) if secure else None
-    async with running(*options, STOP_HANDSHAKE=0.1) as program:
-        async with (
-            wired(program, trust, opened=False),  # sends nothing
-            wired(program, trust, opened=False) as wire,
-        ):
-            wire.send(b'GET / HTTP/1.1\r\nUp')
-            # Connections are accepted in order.
-            async with wired(program, trust):
-                pass
-            program.child.terminate()
-            # Otherwise, a handshake has ten seconds, longer than this test may take.
-            await program.ends()
 
 
 def test_a_log_file_is_new_each_sunday_at_midnight(tmp_path, monkeypatch):
@@ -1141,20 +1138,16 @@ async def test_the_open_file_limit_is_raised_to_the_hard_limit():
     assert after == (before[1], before[1])
 
 
-@pytest.mark.parametrize(
+@each(
     'environment, output',
-    [
-        ('WATCHDOG_USEC=rubbish NOTIFY_SOCKET=/nowhere', '>&2'),
-        # Without a standard output, the log goes to the standard error.
-        ('JOURNAL_STREAM=8:1234', '>&-'),
-        ('JOURNAL_STREAM=rubbish', '>&-'),
-    ],
+    ('WATCHDOG_USEC=rubbish NOTIFY_SOCKET=/nowhere JOURNAL_STREAM=8:1234', '>&2'),
+    # Without a standard output, the log goes to the standard error.
+    ('JOURNAL_STREAM=rubbish', '>&-'),
 )
 async def test_the_log_goes_to_its_folder_too_in_an_odd_environment(environment, output, tmp_path):
     folder = tmp_path / 'new' / 'logs'
     program = f'{sys.executable} {HERE}/relay.py --host 127.0.0.1 --port 0 --log-dir {folder}'
-    shell = Program(tmp_path, 'bash', '-c', f'{environment} exec {program} {output}')
-    with shell:
+    with Program(tmp_path, 'bash', '-c', f'{environment} exec {program} {output}') as shell:
         await shell.logs('No --token-file')
         shell.child.terminate()
         assert await asyncio.to_thread(shell.child.wait) == 0
@@ -1699,24 +1692,11 @@ def refused(kind):
 
 
 async def test_the_health_of_a_stopping_relay_is_503():
-    async with running() as program:
-        reader, writer = await asyncio.open_connection('127.0.0.1', program.ports[0])
-        async with registered(program, A) as peer:
-            program.child.terminate()
-            await peer.closed_with()
-            writer.write(b'GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n')
-            answer = await reader.read()
-            writer.close()
-        assert answer.startswith(b'HTTP/1.1 503 ') and answer.endswith(b'\r\n\r\nstopping\n')
-
-
-def test_a_metrics_port_in_use_is_one_line():
-    with socket.create_server(('127.0.0.1', 0)) as taken:
-        port = taken.getsockname()[1]
-        options = ['--host', '127.0.0.1', '--port', 0, '--metrics-port', port]
-        status, _, error = forked(relay.main, *options)()
-    reason = f'cannot listen on 127.0.0.1:{port}: Address already in use'
-    assert (status, error) == (1, f'relay.py: {reason}\n')
+    async with running_relay() as server, wired(server, opened=False) as wire:
+        server.listener.close()
+        wire.send(b'GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        answer = await wire.read(10_000)
+    assert answer.startswith(b'HTTP/1.1 503 ') and answer.endswith(b'\r\n\r\nstopping\n')
 
 
 def test_each_family_of_metrics_has_one_help_and_one_type():
@@ -1772,28 +1752,21 @@ async def test_registrations_and_messages_are_counted():
                     await old.closed_with()
 
 
-@pytest.mark.parametrize(
-    'kind, message',
-    [
-        ('unknown_peer', lambda peer: peer.offer(B)),
-        ('forged_source', lambda peer: peer.offer(A, source_uuid=str(B))),
-        ('malformed', lambda peer: '{}'),
-        ('malformed', lambda peer: peer.response()),
-    ],
-)
-async def test_refused_messages_are_counted_by_reason(kind, message):
+async def test_refused_messages_are_counted_by_reason():
     async with running_relay() as server, registered(server, A) as peer:
-        with moves(server, refused(kind)):
-            await peer.ask(message(peer))
-
-
-async def test_a_message_for_a_full_backlog_is_counted():
-    async with running_relay() as server, registered(server, A) as one:
-        async with registered(server, B) as peer:
-            stall(peer)
+        for kind, message in (
+            ('unknown_peer', peer.offer(B)),
+            ('forged_source', peer.offer(A, source_uuid=str(B))),
+            ('malformed', '{}'),
+            ('malformed', peer.response()),
+        ):
+            with moves(server, refused(kind)):
+                await peer.ask(message)
+        async with registered(server, B) as other:
+            stall(other)
             with moves(server, refused('backlog')):
-                await fill_backlog(one, B)
-            peer.websocket.transport.abort()
+                await fill_backlog(peer, B)
+            other.websocket.transport.abort()
 
 
 async def test_messages_that_wait_for_the_rate_are_counted():
@@ -1836,21 +1809,9 @@ def test_the_expiry_of_the_certificate_is_a_metric(year, pem, tmp_path):
     (tmp_path / 'chain.pem').write_text('about us\n' + ''.join(p.read_text() for p in chain))
     server = RelayServer()
     assert EXPIRY not in samples(server)
-    server.certificate_expiry = relay.expiry_of(str(tmp_path / 'chain.pem'))
+    tls = relay.tls_context(str(pem / 'both.pem'), None)
+    server.reload(tls, str(tmp_path / 'chain.pem'), None)
     assert samples(server)[EXPIRY] == expiry
-
-
-async def test_the_expiry_of_the_certificate_is_known_from_the_start_and_after_a_reload(
-    pem, tmp_path
-):
-    cert, key = tmp_path / 'cert.pem', pem / 'cert.key'
-    shutil.copy(pem / 'cert.pem', cert)
-    async with running('--certfile', cert, '--keyfile', key) as program:
-        first = (await program.samples())[EXPIRY]
-        certify(key, cert, days=9)
-        await program.signal(signal.SIGHUP, 'Reloaded')
-        second = (await program.samples())[EXPIRY]
-    assert 6 * 86400 < second - first < 8 * 86400
 
 
 @pytest.mark.parametrize(
@@ -1866,7 +1827,7 @@ def test_the_watchdog_is_notified_twice_in_its_period(usec, delay, monkeypatch):
     assert periods == [delay]
 
 
-@pytest.fixture(params=['path', 'abstract'])
+@pytest.fixture
 def systemd(request, tmp_path, monkeypatch):
     """A socket that a program is told to notify."""
     name = f'\0relay-{uuid4()}' if request.param == 'abstract' else str(tmp_path / 'notify')
@@ -1884,8 +1845,9 @@ def heard(sock, word):
     return text
 
 
+@pytest.mark.parametrize('systemd', ['path'], indirect=True)
 async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
-    monkeypatch.setenv('WATCHDOG_USEC', '200000')
+    monkeypatch.setenv('WATCHDOG_USEC', '100000')
     async with running('--token-file', tokens) as program:
         heard(systemd, 'READY=1')
         socket.create_connection(('127.0.0.1', program.ports[0])).close()
@@ -1893,7 +1855,7 @@ async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, toke
         for _ in range(3):
             assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
         # At half of its period, so that none is late.
-        assert time.monotonic() - began >= 0.15
+        assert time.monotonic() - began >= 0.075
         for text in ('alice:a1\n', 'nonsense\n'):  # the second reload fails
             Path(tokens).write_text(text)
             program.child.send_signal(signal.SIGHUP)
@@ -1903,12 +1865,6 @@ async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, toke
             heard(systemd, 'READY=1')
         program.child.terminate()
         heard(systemd, 'STOPPING=1')
-
-
-async def test_a_systemd_that_does_not_listen_does_no_harm(monkeypatch, tmp_path):
-    monkeypatch.setenv('NOTIFY_SOCKET', str(tmp_path / 'nobody'))
-    async with running() as program:
-        await program.signal(signal.SIGHUP, 'Reloaded')
 
 
 @pytest.mark.parametrize(
@@ -1930,17 +1886,13 @@ def test_lines_for_the_journal_have_a_level_and_no_time():
     assert relay.JournalFormatter('%(message)s').format(record) == '<3>one\n<3>two'
 
 
-@pytest.mark.parametrize('stream, form', [(None, '<4>No --tok'), ('7:7', '[')])
-async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(
-    stream, form, tmp_path, monkeypatch
-):
+async def test_the_log_has_the_format_of_the_journal_if_it_goes_there(tmp_path, monkeypatch):
     log = tmp_path / 'log'
     log.touch()
-    journal = f'{log.stat().st_dev}:{log.stat().st_ino}'
-    monkeypatch.setenv('JOURNAL_STREAM', stream or journal)
+    monkeypatch.setenv('JOURNAL_STREAM', f'{log.stat().st_dev}:{log.stat().st_ino}')
     with Program(tmp_path, sys.executable, HERE / 'relay.py', '--port', 0) as program:
         await program.logs('No --tok')
-        assert log.read_text().splitlines()[-1].startswith(form)
+        assert log.read_text().splitlines()[-1].startswith('<4>No --tok')
 
 
 # ------------------------------------------------------------------------------- Upgrade
@@ -2019,13 +1971,13 @@ async def test_pairs_lose_nothing_over_several_upgrades_that_leave_nothing_behin
         return sorted(re.sub(r'\d+', '', name) for name in program.descriptors())
 
     versions, memory = [relay.__version__, '9.0', '9.1', '9.2'], []
-    async with upgradable() as program, all_of(pair_of(program) for _ in range(5)) as pairs:
+    async with upgradable() as program, all_of(pair_of(program) for _ in range(3)) as pairs:
         before = files()
         async with talking(*pairs):
             for old, new in zip(versions, versions[1:]):
                 async with registered(program, uuid4()) as leaving:
                     line = await program.upgrade(new)
-                kept = r'in \d+\.\d\d s: 11 clients kept, 0 closed'
+                kept = r'in \d+\.\d\d s: 7 clients kept, 0 closed'
                 assert re.fullmatch(f'Upgraded {re.escape(f"{old} to {new}")} {kept}', line)
                 assert line in program.lines(' INFO ')
                 await program.logs(f'Unregistered {leaving.uuid}')
@@ -2033,8 +1985,8 @@ async def test_pairs_lose_nothing_over_several_upgrades_that_leave_nothing_behin
                 await until(lambda: files() == before)
         assert max(memory) - min(memory) < 2**20, memory
         values = await program.samples()
-        assert values['relay_connected_clients'] == 10
-        assert values['relay_registered_clients{generation="relay"}'] == 5
+        assert values['relay_connected_clients'] == 6
+        assert values['relay_registered_clients{generation="relay"}'] == 3
 
 
 async def test_many_signals_in_a_row_do_no_harm(upgradable):
@@ -2172,11 +2124,11 @@ async def test_clients_that_do_not_read_get_their_messages_and_their_codes(upgra
 async def test_an_upgrade_reads_the_state_line_by_line(upgradable):
     async with upgradable('--rate', '0') as program, registered(program, A) as sender:
         async with contextlib.AsyncExitStack() as stack:
-            for _ in range(24):
+            for _ in range(10):
                 await stack.enter_async_context(unread(program, sender, ['x' * 250_000] * 4))
             held = (await program.samples())['relay_buffered_bytes']
             await program.upgrade()
-            assert (await program.samples())['relay_buffered_bytes'] > 2**24
+            assert (await program.samples())['relay_buffered_bytes'] > 2**22
             status = Path(f'/proc/{program.child.pid}/status').read_text()
             now, peak = (int(re.search(rf'{k}:\s+(\d+)', status)[1]) for k in ('VmRSS', 'VmHWM'))
             assert (peak - now) * 1024 < held / 2
@@ -2428,17 +2380,20 @@ def url_of(listener):
 
 @contextlib.asynccontextmanager
 async def http_server(status):
-    """Answer each request with a status, or not at all if that is None; yields its URL."""
+    """Answer each request with a status; yields its URL."""
 
-    async def answer(reader, writer):
-        await reader.readuntil(b'\r\n\r\n')
-        if status is not None:
-            writer.write(f'HTTP/1.1 {status} -\r\nContent-Length: 0\r\n\r\n'.encode())
-        await reader.read()
-        writer.close()
+    def respond(websocket, request):
+        return websocket.respond(status, '')
 
-    async with await asyncio.start_server(answer, '127.0.0.1', 0) as listener:
+    serve = websockets.asyncio.server.serve
+    async with serve(None, '127.0.0.1', 0, process_request=respond) as listener:
         yield url_of(listener)
+
+
+@contextlib.asynccontextmanager
+async def silent_server(_):
+    with socket.create_server(('127.0.0.1', 0)) as sock:
+        yield 'ws://127.0.0.1:%d' % sock.getsockname()[1]
 
 
 @contextlib.asynccontextmanager
@@ -2509,31 +2464,24 @@ async def test_check_says_how_long_the_certificate_is_valid(pem, tls, monkeypatc
         assert (await check_line(server.url)).endswith(' ms (certificate valid for 2 more days)')
 
 
-async def test_check_works_with_a_relay_of_proxystore_0_6_and_later():
-    async with newer_relay() as url:
-        assert (await check_line(url)).startswith('ok: ')
-
-
-@pytest.mark.parametrize(
+@each(
     'server, argument, reason',
-    [
-        (http_server, None, 'no WebSocket within 0.5 s; check the firewall, and that the relay '),
-        (http_server, 401, 'HTTP 401; check the token in the address, and --token-file'),
-        (http_server, 404, 'HTTP 404; there is no relay at this address'),
-        (http_server, 426, 'HTTP 426; a proxy in front of the relay does not pass on the Upgrade'),
-        (http_server, 502, 'HTTP 502; a proxy answers, but the relay behind it does not'),
-        (http_server, 503, 'HTTP 503; a proxy answers, but the relay behind it does not'),
-        (http_server, 504, 'HTTP 504; a proxy answers, but the relay behind it does not'),
-        (websocket_server, lambda text: None, 'connected, but no answer within 0.5 s; check that'),
-        (websocket_server, lambda text: text, 'an echo server, not a relay; check the address'),
-        (websocket_server, lambda text: 'hi', 'a WebSocket server, but not a relay; check the'),
-        (websocket_server, lambda text: REFUSAL, 'a\\n\\x1b[1mb; see the log of the relay'),
-        (websocket_server, returned, 'unknown here; see the log of the relay or, if'),
-        (lambda count: running_relay(max_clients=count), 1, 'closed: received 1013 '),
-    ],
+    (silent_server, None, 'no WebSocket within 0.3 s; check the firewall, and that the relay '),
+    (http_server, 401, 'HTTP 401; check the token in the address, and --token-file'),
+    (http_server, 404, 'HTTP 404; there is no relay at this address'),
+    (http_server, 426, 'HTTP 426; a proxy in front of the relay does not pass on the Upgrade'),
+    (http_server, 502, 'HTTP 502; a proxy answers, but the relay behind it does not'),
+    (http_server, 503, 'HTTP 503; a proxy answers, but the relay behind it does not'),
+    (http_server, 504, 'HTTP 504; a proxy answers, but the relay behind it does not'),
+    (websocket_server, lambda text: None, 'connected, but no answer within 0.3 s; check that'),
+    (websocket_server, lambda text: text, 'an echo server, not a relay; check the address'),
+    (websocket_server, lambda text: 'hi', 'a WebSocket server, but not a relay; check the'),
+    (websocket_server, lambda text: REFUSAL, 'a\\n\\x1b[1mb; see the log of the relay'),
+    (websocket_server, returned, 'unknown here; see the log of the relay or, if'),
+    (lambda count: running_relay(max_clients=count), 1, 'closed: received 1013 '),
 )
 async def test_check_says_what_failed_and_where_to_look(server, argument, reason, monkeypatch):
-    monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.5)
+    monkeypatch.setattr(relay, 'CHECK_TIMEOUT', 0.3 if ' 0.3 s' in reason else 60)
     async with server(argument) as started:
         url = getattr(started, 'url', started)
         assert (await check_line(url)).startswith(f'{url}: {reason}')
@@ -2542,21 +2490,19 @@ async def test_check_says_what_failed_and_where_to_look(server, argument, reason
 NO_ADDRESS = '--check: not an address such as wss://'
 
 
-@pytest.mark.parametrize(
+@each(
     'url, reason',
-    [
-        ('ws://alice:secret@nowhere.invalid', 'ws://nowhere.invalid: [Errno -'),
-        ('ws://alice:secret@127.0.0.1:1/?token=secret', 'ws://127.0.0.1:1/: [Errno '),
-        ('ws://alice:secret@localhost:1', 'ws://localhost:1: '),
-        ('ws://alice:sec\nret@127.0.0.1:1', 'ws://127.0.0.1:1: [Errno '),
-        ('ws://127.0.0.1:1/?token=sec@ret', 'ws://127.0.0.1:1/: [Errno '),
-        ('http://alice:secret@localhost', NO_ADDRESS),
-        ('ws://alice:sec/ret@localhost:1', NO_ADDRESS),
-        ('alice:secret@localhost:8765', NO_ADDRESS),
-        ('ws://alice:secret', NO_ADDRESS),
-        ('ws://127.0.0.1:99999', NO_ADDRESS),
-        ('', NO_ADDRESS),
-    ],
+    ('ws://alice:secret@nowhere.invalid', 'ws://nowhere.invalid: [Errno -'),
+    ('ws://alice:secret@127.0.0.1:1/?token=secret', 'ws://127.0.0.1:1/: [Errno '),
+    ('ws://alice:secret@localhost:1', 'ws://localhost:1: '),
+    ('ws://alice:sec\nret@127.0.0.1:1', 'ws://127.0.0.1:1: [Errno '),
+    ('ws://127.0.0.1:1/?token=sec@ret', 'ws://127.0.0.1:1/: [Errno '),
+    ('http://alice:secret@localhost', NO_ADDRESS),
+    ('ws://alice:sec/ret@localhost:1', NO_ADDRESS),
+    ('alice:secret@localhost:8765', NO_ADDRESS),
+    ('ws://alice:secret', NO_ADDRESS),
+    ('ws://127.0.0.1:99999', NO_ADDRESS),
+    ('', NO_ADDRESS),
 )
 async def test_check_that_cannot_connect_shows_no_token(url, reason):
     line = await check_line(url)
@@ -2581,10 +2527,9 @@ async def test_check_says_that_two_relays_need_nats():
 
 async def test_check_is_one_line_and_a_status():
     assert fails('--check', 'ws://127.0.0.1:1').startswith('relay.py: ws://127.0.0.1:1: [Errno ')
-    async with running() as program:
-        command = [sys.executable, HERE / 'relay.py', '--check', program.url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
+    async with running_relay() as server:
+        status, text, errors = await asyncio.to_thread(forked(relay.main, '--check', server.url))
+    assert (status, text.count('\n'), errors) == (0, 1, '')
 
 
 def test_a_check_that_is_interrupted_in_the_middle_of_anything_is_one_line(monkeypatch):
@@ -5358,16 +5303,6 @@ class Talker(asyncio.Protocol):
         await self.websocket.close()
 
 
-async def join(talk):
-    """Connect and register one more client."""
-    limits = {'ping_interval': None, 'close_timeout': relay.CHECK_TIMEOUT / 10}
-    websocket = await open_websocket(talk.options.url, **limits)
-    talk.clients.append(Talker(websocket, talk))
-    request = ServerRegistration('', talk.clients[-1].uuid, f'{talk.generation}_registration')
-    answer = ServerResponse(message_type=f'{talk.generation}_response')
-    await relay.expect(request, websocket, websocket, answer)
-
-
 async def begin(talk):
     """See which generation the relay speaks, and connect all clients to it."""
     await relay.check(talk.options.url)
@@ -5375,10 +5310,15 @@ async def begin(talk):
         await relay.exchange(talk.options.url, talk.options.url, talk.generation)
     except ConnectionClosed:
         talk.generation = 'relay'
+    limits = {'ping_interval': None, 'close_timeout': relay.CHECK_TIMEOUT / 10}
+    answer = ServerResponse(message_type=f'{talk.generation}_response')
     mark(talk)
     while len(talk.clients) < 2 * talk.options.pairs:
         progress(f'{len(talk.clients)} clients are connected')
-        await join(talk)
+        websocket = await open_websocket(talk.options.url, **limits)
+        talk.clients.append(Talker(websocket, talk))
+        request = ServerRegistration('', talk.clients[-1].uuid, f'{talk.generation}_registration')
+        await relay.expect(request, websocket, websocket, answer)
     for client in talk.clients:
         if client.websocket.state is not State.OPEN:
             await client.websocket.wait_closed()
@@ -5520,10 +5460,13 @@ def measured(url, *options):
 
 
 async def test_the_benchmark_measures_a_relay():
-    async with running() as program:
-        options = '--pairs', '3', '--seconds', '0.2', '--json', '--pid', str(program.child.pid)
-        command = [sys.executable, HERE / 'test_relay.py', program.url, *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    options = '--pairs', '3', '--seconds', '0.2', '--json', '--pid', str(os.getpid())
+    async with running_relay() as server:
+        command = [sys.executable, HERE / 'test_relay.py', server.url, *options]
+        run = functools.partial(
+            subprocess.run, command, capture_output=True, text=True, timeout=20
+        )
+        done = await asyncio.to_thread(run)
     found = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, '')
     assert (found['errors'], found['generation']) == (0, 'server')
@@ -5532,11 +5475,13 @@ async def test_the_benchmark_measures_a_relay():
     assert found.keys() >= {'cpu_us_per_message', 'kib_per_client'}
 
 
-async def test_the_benchmark_prints_a_table_and_uses_a_token_and_tls(pem, tokens, monkeypatch):
+async def test_the_benchmark_prints_a_table_and_uses_a_token_and_tls(
+    pem, tls, tokens, monkeypatch
+):
     monkeypatch.setenv('SSL_CERT_FILE', str(pem / 'cert.pem'))
-    async with running('--certfile', pem / 'both.pem', '--token-file', tokens) as program:
+    async with running_relay(tls, tokens) as server:
         # A message of this size arrives in many pieces.
-        url = program.url.replace('wss://', 'wss://alice:a1@')
+        url = server.url.replace('wss://', 'wss://alice:a1@')
         status, text, errors = await measured(url, '--size', '500000')
     assert (status, errors) == (0, '')
     assert re.search(r'^messages per second +[1-9]\d*$', text, re.M) and 'cpu' not in text
@@ -5560,24 +5505,26 @@ async def test_the_benchmark_counts_messages_that_change_on_the_way():
     assert (status, errors) == (1, f'test_relay.py: {count} messages not heard as sent\n')
 
 
-@pytest.mark.parametrize(
+def abort_all(server):
+    for link in [*server.listener.connections]:
+        link.abort()
+
+
+@each(
     'end, line',
-    [
-        (lambda program, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
-        (lambda program, benchmark: program.child.terminate(), 'closed: '),
-        (lambda program, benchmark: program.kill(), 'closed: '),
-    ],
-    ids=['Ctrl-C', 'the relay stops', 'the relay is killed'],
+    {
+        'Ctrl-C': (lambda server, benchmark: os.kill(benchmark, signal.SIGINT), 'interrupted'),
+        'the relay stops': (lambda server, benchmark: server.listener.close(), 'closed: '),
+        'the relay is killed': (lambda server, benchmark: abort_all(server), 'closed: '),
+    },
 )
 async def test_a_benchmark_that_ends_early_is_one_line(end, line):
-    async with running() as program:
-        benchmark = forked(main, program.url, '--pairs', '3')
+    async with running_relay() as server:
+        benchmark = forked(main, server.url, '--pairs', 3)
         # Its six clients register after two of the check and two that look for the generation.
-        await program.logs('Registered', 2 + 2 + 6)
-        end(program, benchmark.child)
-        status, text, errors = benchmark()
-    assert (status, text, errors.count('\n')) == (1, '', 1)
-    assert errors.startswith(f'test_relay.py: {line}')
+        await until(lambda: server.counts['registrations'] == 2 + 2 + 6)
+        end(server, benchmark.child)
+        assert one_line(await asyncio.to_thread(benchmark)).startswith(f'test_relay.py: {line}')
 
 
 async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
@@ -5588,17 +5535,17 @@ async def test_a_benchmark_whose_clients_are_expelled_is_one_line():
 
     async with running_relay() as server:
         server._admit = admit
-        status, text, errors = await measured(server.url)
-    assert (status, text, errors.count('\n')) == (1, '', 1)
-    assert 'closed: received 1008 (policy violation) not today; ' in errors
+        line = one_line(await measured(server.url))
+    assert 'closed: received 1008 (policy violation) not today; ' in line
 
 
 async def test_a_benchmark_that_cannot_begin_is_one_line():
-    fails_with = functools.partial(fails, program=sys.modules[__name__])
-    assert ' ws://127.0.0.1:1: [Errno ' in fails_with('ws://alice:secret@127.0.0.1:1')
-    async with running('--max-clients', 5) as program:
-        assert ': closed: received 1013 ' in fails_with(program.url)
-        assert '--pid 999999999: No such file' in fails_with(program.url, '--pid', '999999999')
+    line = one_line(await measured('ws://alice:secret@127.0.0.1:1'))
+    assert line.startswith('test_relay.py: ws://127.0.0.1:1: [Errno ')
+    async with running_relay(max_clients=5) as server:
+        assert ': closed: received 1013 ' in one_line(await measured(server.url))
+        line = one_line(await measured(server.url, '--pid', 999999999))
+        assert '--pid 999999999: No such file' in line
 
 
 run_coroutines(globals())
