@@ -1845,7 +1845,7 @@ def heard(sock, word):
     return text
 
 
-@pytest.mark.parametrize('systemd', ['path'], indirect=True)
+@each('systemd', 'path', indirect=True)
 async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '100000')
     async with running('--token-file', tokens) as program:
@@ -1867,10 +1867,7 @@ async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, toke
         heard(systemd, 'STOPPING=1')
 
 
-@pytest.mark.parametrize(
-    'seconds, span',
-    [(0, '0:00:00'), (119, '0:01:59'), (41 * 86400 + 7200, '41 days, 2:00:00')],
-)
+@each('seconds, span', (0, '0:00:00'), (119, '0:01:59'), (41 * 86400 + 7200, '41 days, 2:00:00'))
 async def test_the_status_is_a_line_for_people(seconds, span, monkeypatch):
     told = []
     monkeypatch.setattr(relay, 'notify', lambda *states: told.extend(states))
@@ -1992,11 +1989,9 @@ async def test_pairs_lose_nothing_over_several_upgrades_that_leave_nothing_behin
 async def test_many_signals_in_a_row_do_no_harm(upgradable):
     async with upgradable() as program, pair_of(program) as pair:
         async with talking(pair):
-            for signals in ('UU', 'HUHUH'):
-                count = len(program.lines('Upgraded ')) + 1
-                for letter in signals:
-                    program.child.send_signal({'U': signal.SIGUSR2, 'H': signal.SIGHUP}[letter])
-                await program.logs('Upgraded ', count)
+            for number in 2 * [signal.SIGHUP, signal.SIGUSR2, signal.SIGUSR2, signal.SIGHUP]:
+                program.child.send_signal(number)
+            await program.logs('Upgraded ')
         await program.upgrade()
         await exchange(*pair)
         assert not program.lines('ERROR')
@@ -2048,31 +2043,39 @@ async def test_an_upgrade_keeps_incomplete_messages(upgradable):
         assert (await long.end())[1] == 1009
 
 
-async def test_what_waits_for_its_time_before_the_upgrade_happens_after_it(upgradable):
-    options = '--rate', 100, '--ping-interval', 0  # a ping would wake the relay
-    async with upgradable(*options, REGISTER_TIMEOUT=1, TAKEOVER_TIMEOUT=0.01) as program:
-        async with pair_of(program) as (one, other), wired(program) as displaced:
+async def test_messages_that_wait_for_their_rate_are_handled_after_the_upgrade(upgradable):
+    options = '--rate', 40, '--ping-interval', 0  # a ping would wake the relay
+    async with upgradable(*options) as program, pair_of(program) as (one, other):
+        async with registered(program, A) as peer:
+            await peer.ask(peer.offer(A, description='x' * 900_000))  # which uses up a second
+            await peer.say(peer.offer(A))
+            await say_all(one, offers := numbered_offers(one, other.uuid, 40))
+            await program.upgrade()
+            assert [await other.hear() for _ in offers] == offers
+            assert await peer.hear() == peer.offer(A)
+
+
+async def test_an_upgrade_does_not_restart_the_time_to_register(upgradable):
+    async with upgradable(REGISTER_TIMEOUT=1, TAKEOVER_TIMEOUT=0.01) as program:
+        began = time.monotonic()
+        async with wired(program) as late, wired(program) as early, wired(program) as displaced:
             await displaced.register()
-            async with registered(program, displaced.peer.uuid):  # without an answer to its close
-                offers = numbered_offers(one, other.uuid, 100)
-                began = time.monotonic()
-                async with wired(program) as late, wired(program) as early:
-                    await say_all(one, offers)
-                    program.constants['REGISTER_TIMEOUT'] = 300  # if it were to begin again
-                    await program.upgrade(
-                        '9.0.0', ('close_timeout: float = 10', 'close_timeout: float = 0.1')
-                    )
-                    in_time = time.monotonic() - began < 0.5
-                    if in_time:
-                        await early.register()
-                    assert await displaced.end() == ([], 1001)
-                    opcode, data = await late.frame()
-                    assert (opcode, data[:2]) == (CLOSE, code_of(1008))
-                    assert re.fullmatch(rb'not registered within (1|300) s', data[2:])
-                    assert time.monotonic() - began > 0.9
-                    if in_time:
-                        await early.register()  # it is still connected
-                assert [await other.hear() for _ in offers] == offers
+            async with registered(program, displaced.peer.uuid):
+                pass
+            program.constants['REGISTER_TIMEOUT'] = 300  # if it were to begin again
+            limit = 'close_timeout: float = 10', 'close_timeout: float = 0.1'
+            await program.upgrade('9.0.0', limit)
+            in_time = time.monotonic() - began < 0.5
+            if in_time:
+                await early.register()
+            # The time to close begins again, with the limit of the new version.
+            assert await displaced.end() == ([], 1001)
+            opcode, data = await late.frame()
+            assert (opcode, data[:2]) == (CLOSE, code_of(1008))
+            assert re.fullmatch(rb'not registered within (1|300) s', data[2:])
+            assert time.monotonic() - began > 0.9
+            if in_time:
+                await early.register()  # it is still connected
 
 
 @contextlib.asynccontextmanager
@@ -2090,7 +2093,7 @@ async def unread(program, sender, texts):
 
 async def test_clients_that_do_not_read_get_their_messages_and_their_codes(upgradable):
     texts = [f'{number} ' + chr(97 + number) * 40_000 for number in range(10)]
-    # The takeover takes longer than an upgrade.
+    # A takeover may take longer than an upgrade.
     async with upgradable('--rate', 0, TAKEOVER_TIMEOUT=20) as program:
         async with registered(program, A) as sender, wired(program) as new:
             async with all_of(unread(program, sender, texts) for _ in range(4)) as clients:
@@ -2122,10 +2125,9 @@ async def test_clients_that_do_not_read_get_their_messages_and_their_codes(upgra
 
 
 async def test_an_upgrade_reads_the_state_line_by_line(upgradable):
-    async with upgradable('--rate', '0') as program, registered(program, A) as sender:
-        async with contextlib.AsyncExitStack() as stack:
-            for _ in range(10):
-                await stack.enter_async_context(unread(program, sender, ['x' * 250_000] * 4))
+    texts = ['x' * 250_000] * 4
+    async with upgradable('--rate', 0) as program, registered(program, A) as sender:
+        async with all_of(unread(program, sender, texts) for _ in range(10)):
             held = (await program.samples())['relay_buffered_bytes']
             await program.upgrade()
             assert (await program.samples())['relay_buffered_bytes'] > 2**22
@@ -2196,11 +2198,8 @@ async def test_an_upgrade_keeps_the_listening_sockets(upgradable):
         socket.create_connection(('127.0.0.2', program.ports[0])).close()
 
 
-@pytest.mark.parametrize('systemd', ['abstract'], indirect=True)
-async def test_an_upgrade_keeps_metrics_and_the_log_file_and_notifies_systemd(
-    upgradable, systemd, monkeypatch
-):
-    monkeypatch.setenv('WATCHDOG_USEC', '400000')
+@each('systemd', 'abstract', indirect=True)
+async def test_an_upgrade_keeps_metrics_and_log_and_notifies_systemd(upgradable, systemd):
     options = '--rate', 0, '--log-dir', 'logs'
     async with upgradable(*options) as program, pair_of(program) as pair:
         for _ in range(20):
@@ -2259,14 +2258,11 @@ WRONG = [
 
 
 async def test_an_upgrade_that_fails_changes_nothing(upgradable, tokens):
-    # Where nothing can fail any more, it does if there is a certain file.
-    execute = '        os.execve('
-    last = (
-        execute,
-        f"        if os.path.exists('vain'):\n            raise OSError('vain')\n{execute}",
-    )
+    # With this file, an upgrade fails at its last step.
+    vain = "        if os.path.exists('vain'):\n            raise OSError('vain')\n"
+    edits = [('        os.execve(', f'{vain}        os.execve(')]
     options, token = ('--rate', 500, '--token-file', tokens), bearer('a1')
-    async with upgradable(*options, edits=[last]) as program, pair_of(program, **token) as pair:
+    async with upgradable(*options, edits=edits) as program, pair_of(program, **token) as pair:
         for name, edit, reason in WRONG:
             program.install('9.0.0')
             path, count = program.folder / name.replace('tokens', tokens), len(program.lines())
@@ -2284,12 +2280,11 @@ async def test_an_upgrade_that_fails_changes_nothing(upgradable, tokens):
             assert any(version in name for name in await program.samples())
             path.write_text(right)
         (program.folder / 'vain').touch()
-        for _ in range(2):
-            line = await program.signal(signal.SIGUSR2, ' ERROR ')
-            assert line == 'Upgrade failed, keeping the running version: vain'
-            await exchange(*pair)
-            async with registered(program, A, **token) as peer:
-                await exchange(peer, peer)
+        line = await program.signal(signal.SIGUSR2, ' ERROR ')
+        assert line == 'Upgrade failed, keeping the running version: vain'
+        await exchange(*pair)
+        async with registered(program, A, **token) as peer:
+            await exchange(peer, peer)
         (program.folder / 'vain').unlink()
         assert (await program.upgrade()).endswith(': 2 clients kept, 0 closed')
 
@@ -2297,12 +2292,13 @@ async def test_an_upgrade_that_fails_changes_nothing(upgradable, tokens):
 async def test_a_client_that_cannot_be_restored_costs_only_itself(upgradable, tokens):
     head = 'def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:\n'
     broken = head, f"{head}    if saved['name'] == 'broken':\n        del saved['address']\n"
-    async with upgradable('--token-file', tokens) as program, contextlib.AsyncExitStack() as stack:
-        clients = [(A, 'x', 'a1'), (A, 'x', 'b1'), (B, 'x', 'a2:x#y'), (C, 'broken', 'b1')]
-        alice, bob, revoked, lost = [
-            await stack.enter_async_context(registered(program, uuid, name, **bearer(token)))
-            for uuid, name, token in clients
-        ]
+    clients = (A, 'x', 'a1'), (A, 'x', 'b1'), (B, 'x', 'a2:x#y'), (C, 'broken', 'b1')
+    async with (
+        upgradable('--token-file', tokens) as program,
+        all_of(
+            registered(program, uuid, name, **bearer(token)) for uuid, name, token in clients
+        ) as (alice, bob, revoked, lost),
+    ):
         Path(tokens).write_text('alice:a1\nbob:b1\n')
         line = await program.upgrade('9.0.0', broken)
         assert line.endswith(': 3 clients kept, 1 closed')
@@ -5255,7 +5251,6 @@ class Talker(asyncio.Protocol):
         self.uuid, self.sent = uuid4(), None
 
     def meet(self, peer):
-        """Prepare what the peer will be sent."""
         text = 'x' * self.talk.options.size
         self.peer, peer.offer = peer, PeerConnection(self.uuid, '', peer.uuid, 'offer', text)
         frame = Frame(Opcode.TEXT, encode(peer.offer).encode())
@@ -5330,7 +5325,6 @@ async def begin(talk):
 
 
 async def go_on(talk, doing, seconds):
-    """Let the clients talk for so long."""
     end = time.perf_counter() + seconds
     while (left := end - time.perf_counter()) > 0:
         progress(f'{doing}, {left:.0f} s left, {len(talk.latencies):,} messages')
@@ -5350,7 +5344,6 @@ async def finish(talk):
 
 
 async def measure(options):
-    """Return the figures of a relay, by name."""
     talk = SimpleNamespace(options=options, generation='server', clients=[], marks=[])
     talk.latencies, talk.errors, talk.goes_on, talk.failure = [], 0, True, None
     try:
