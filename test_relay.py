@@ -2044,12 +2044,12 @@ async def test_an_upgrade_keeps_incomplete_messages(upgradable):
 
 
 async def test_messages_that_wait_for_their_rate_are_handled_after_the_upgrade(upgradable):
-    options = '--rate', 40, '--ping-interval', 0  # a ping would wake the relay
+    options = '--rate', 10, '--ping-interval', 0  # a ping would wake the relay
     async with upgradable(*options) as program, pair_of(program) as (one, other):
         async with registered(program, A) as peer:
-            await peer.ask(peer.offer(A, description='x' * 900_000))  # which uses up a second
+            await peer.ask(peer.offer(A, description='x' * 900_000))  # which uses up 5 seconds
             await peer.say(peer.offer(A))
-            await say_all(one, offers := numbered_offers(one, other.uuid, 40))
+            await say_all(one, offers := numbered_offers(one, other.uuid, 10))
             await program.upgrade()
             assert [await other.hear() for _ in offers] == offers
             assert await peer.hear() == peer.offer(A)
