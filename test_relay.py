@@ -1833,15 +1833,16 @@ def systemd(request, tmp_path, monkeypatch):
     name = f'\0relay-{uuid4()}' if request.param == 'abstract' else str(tmp_path / 'notify')
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(name)
-        sock.settimeout(8)
+        sock.setblocking(False)
         monkeypatch.setenv('NOTIFY_SOCKET', name.replace('\0', '@'))
         yield sock
 
 
-def heard(sock, word):
-    """Return the first notification that contains a word."""
-    while word not in (text := sock.recv(4096).decode()):
-        pass
+async def heard(sock, word=''):
+    """Return the next notification that contains a word."""
+    text = None
+    while text is None or word not in text:
+        text = (await asyncio.get_running_loop().sock_recv(sock, 4096)).decode()
     return text
 
 
@@ -1849,22 +1850,23 @@ def heard(sock, word):
 async def test_systemd_is_notified_of_start_status_reload_and_stop(systemd, tokens, monkeypatch):
     monkeypatch.setenv('WATCHDOG_USEC', '100000')
     async with running('--token-file', tokens) as program:
-        heard(systemd, 'READY=1')
+        await heard(systemd, 'READY=1')
         socket.create_connection(('127.0.0.1', program.ports[0])).close()
         began = time.monotonic()
         for _ in range(3):
-            assert heard(systemd, 'WATCHDOG=1').split('\n')[1].startswith('STATUS=0 clients, ')
+            status = (await heard(systemd, 'WATCHDOG=1')).split('\n')[1]
+            assert status.startswith('STATUS=0 clients, ')
         # At half of its period, so that none is late.
         assert time.monotonic() - began >= 0.075
         for text in ('alice:a1\n', 'nonsense\n'):  # the second reload fails
             Path(tokens).write_text(text)
             program.child.send_signal(signal.SIGHUP)
-            reloading = heard(systemd, 'RELOADING=1')
+            reloading = await heard(systemd, 'RELOADING=1')
             microseconds = int(re.fullmatch(r'RELOADING=1\nMONOTONIC_USEC=(\d+)', reloading)[1])
             assert 0 <= time.monotonic() - microseconds / 1e6 < 5
-            heard(systemd, 'READY=1')
+            await heard(systemd, 'READY=1')
         program.child.terminate()
-        heard(systemd, 'STOPPING=1')
+        await heard(systemd, 'STOPPING=1')
 
 
 @each('seconds, span', (0, '0:00:00'), (119, '0:01:59'), (41 * 86400 + 7200, '41 days, 2:00:00'))
@@ -2222,7 +2224,7 @@ async def test_an_upgrade_keeps_metrics_and_log_and_notifies_systemd(upgradable,
     assert [name for name in after if 'version="7.8.9"' in name and 'relay_build_info' in name]
     told = []
     while told.count('READY=1') < 2:
-        told.append(systemd.recv(4096).decode())
+        told.append(await heard(systemd))
     assert 'RELOADING=1' in ''.join(told) and 'STOPPING' not in ''.join(told)
     assert 'STATUS=2 clients, 40 messages forwarded, up 0:' in told[-2]
 
