@@ -12,7 +12,7 @@ endpoints of ProxyStore (every release), browsers, and any program that can open
 write JSON.
 
 Protocol. Every message is one JSON object in one text frame. A client sends a registration and
-receives a response before anything else. From then on it sends and receives peer connections:
+receives a response before anything else. Then it sends and receives `peer_connection` messages:
 
     {"message_type": "server_registration", "name": "laptop", "uuid": "<its UUID>"}
     {"success": true, "message": null, "error": false, "message_type": "server_response"}
@@ -21,13 +21,13 @@ receives a response before anything else. From then on it sends and receives pee
      "error": null}
 
 A `relay_registration` (ProxyStore 0.6 and later) works the same and is answered by a
-`relay_response`. A `peer_connection` is forwarded unchanged, to the byte. Its last three
-fields are the peers' business; `error` may be missing, and unknown keys are forwarded too.
+`relay_response`. A `peer_connection` is forwarded unchanged, to the byte; unknown keys are
+allowed. The relay does not interpret its last three fields, and `error` may be missing.
 
 A message that cannot be forwarded is returned to its sender with the reason in `error`: the peer
-is unknown, the peer does not read, `source_uuid` is not the sender's or, with --nats, the peer's
-relay cannot be reached. Anything that is not a valid message is answered by a response with
-`success: false`, `error: true` and the reason in `message`. Neither closes the connection.
+is unknown or does not read, `source_uuid` is not the sender's or, with --nats, the message is too
+long or the peer's relay cannot be reached. Anything that is not a valid message is answered by a
+response with `success: false`, `error: true` and a reason in `message`. The connection stays.
 
 If a UUID is registered again on a new connection, the old connection is closed: with 1001 if it
 used `server_registration`, with 4004 ("do not come back") if it used `relay_registration`. Other
@@ -91,53 +91,52 @@ except ImportError as error:
 
 __version__ = '0.2.0'
 logger = logging.getLogger('relay')
-# Names of their own: some versions of Python are slow to look up a member of an enumeration.
+# Aliases: before Python 3.12, it is slow to look up a member of an enumeration.
 OPEN, CONNECTING = State.OPEN, State.CONNECTING
 TEXT, BINARY, CONT = Opcode.TEXT, Opcode.BINARY, Opcode.CONT
 OPCODES = frozenset(int(opcode) for opcode in Opcode)
-TLS_HELLO = 0x16  # the first byte of a TLS connection
-TCP_CLOSE = 7  # a state in Linux's TCP_INFO
 
 # ------------------------------------------------------------------------------- Limits
 #
-# Every limit of the relay with its reason, grouped by unit. Options can change some of them.
+# The limits of the relay, grouped by unit. Options can change some of them.
 
 # Bytes.
 MAX_MESSAGE = 2**20  # the limit of ProxyStore's own relay and clients
-MAX_UNREGISTERED = 2**16  # input of a client that has not registered; ample for a registration
-MAX_BACKLOG = 2**20  # output waiting for one client; if none is waiting, any message is accepted
-MAX_BUFFERED = 2**28  # input and output waiting, all connections together
+MAX_UNREGISTERED = 2**16  # a request, or a message before registration; a registration has 150
+MAX_BACKLOG = 2**20  # output waiting for one client; if nothing waits, any message is accepted
+MAX_BUFFERED = 2**28  # input and output waiting, of all connections together
 LONG_MESSAGE = 2**15  # longer messages are decoded one at a time, to keep the event loop free
 SLICE = 2**15  # input of one client that is processed in one turn of the event loop
-SLICE_MINIMUM = 2**11  # the least that each frame counts against SLICE
-RATE_UNIT = 2**14  # a message counts once against the rate for each started unit
-RECEIVE_BUFFER = 2**16  # most bytes read at once, and buffered by the kernel
-SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a client that is slow
-TLS_RECORD = 2**14  # the most that TLS encrypts at once
+SLICE_MINIMUM = 2**11  # each frame counts at least this much against SLICE
+RATE_UNIT = 2**14  # a longer message counts as several against the rate, one per started unit
+RECEIVE_BUFFER = 2**16  # read at once, held while paused, and (doubled by Linux) in the kernel
+SEND_BUFFER = 2**17  # in the kernel, which otherwise takes up to 4 MiB for a slow client
+TLS_RECORD = 2**14  # encrypted at once; also the most of a handshake, or of OpenSSL's own answers
 
 # Seconds.
 REGISTER_TIMEOUT = 30  # for a client to register
 MESSAGE_TIMEOUT = 30  # from the first byte of a message to its last
 BURST = 0.1  # burst allowance, in seconds at the full rate
-TAKEOVER_TIMEOUT = 0.5  # for a displaced client to close, which may be dead; the next one waits
-STOP_TIMEOUT = 12  # for the relay to stop, even if clients do not close
-STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops; then it gets a 503
+TAKEOVER_TIMEOUT = 0.5  # a takeover waits so long for the displaced client, which may be dead
+STOP_TIMEOUT = 12  # for clients to close when the relay stops; relay.service allows 15 in all
+STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops, before it is dropped
+DRAIN_TIMEOUT = 1  # to finish what is in flight before a stop or an upgrade
 STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
 SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
 ACCEPT_RETRY = 1  # until accepting is tried again after running out of file descriptors
 TRIAL_TIMEOUT = 30  # for a new version to show that it starts
 CHECK_TIMEOUT = 10  # for a --check
 REFUSAL_INTERVAL = 60  # between log lines about one source of refusals; all are counted
-FIGHT_INTERVAL = 60  # between warnings about two clients that displace each other
+FLAP_INTERVAL = 60  # between warnings about clients that displace each other again and again
 
 # Numbers.
 RATE = 500  # messages and pings a second of one client; peers that connect exchange a dozen
-FIGHT = 3  # takeovers of one UUID within FIGHT_INTERVAL before a warning
+FLAP_COUNT = 3  # takeovers of one UUID within FLAP_INTERVAL before a warning
 RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
 MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
-HANDSHAKE_FDS = 32  # file descriptors for handshakes and for clients that are refused
-STRICT_DECODE = 2**12  # characters; in a longer text, numbers are checked by a faster search
-MAX_DIGITS = 100  # in a number; no field needs more and a peer may not be able to read it
+HANDSHAKE_FDS = 32  # for handshakes and clients that are refused; both are 64, as --help says
+STRICT_DECODE = 2**12  # characters; in a longer text, a search for long numbers comes first
+MAX_DIGITS = 100  # in a number; no field needs more, and a peer may not be able to read it
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
 WATCHED_TAKEOVERS = 4096  # UUIDs whose takeovers are counted at once
 MAX_SHOWN = 64  # characters of a client's text in the log or in an answer
@@ -148,16 +147,15 @@ ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
 SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
 NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
-CLAIM_BEATS = 120  # heartbeats between claims: no relay is told that a split of NATS has ended
+CLAIM_BEATS = 120  # heartbeats between claims, which also end a split that NATS has had
 CLAIM_SIZE = 2**12  # bytes reserved for each claim in a batch; a typical one has 160
 UPGRADE_TIMEOUT = 5  # s for a relay that is being upgraded to claim its clients again
-DRAIN_TIMEOUT = 1  # s to finish what is in flight before a stop or an upgrade
-MESSAGE_COST = 2**12  # bytes of memory for a message in flight over NATS, besides its text
-MAX_IN_FLIGHT = 2**26  # bytes of all messages in flight over NATS
+MESSAGE_COST = 2**12  # bytes of memory for a message in flight over NATS, besides its content
+MAX_IN_FLIGHT = 2**26  # bytes of memory for all messages in flight over NATS
 NATS_OPTIONS: dict[str, Any] = {
     'name': 'relay.py',
-    'allow_reconnect': False,
-    'max_reconnect_attempts': -1,  # for the first connection: try forever
+    'allow_reconnect': False,  # Backplane does so itself: its subscriptions begin anew
+    'max_reconnect_attempts': -1,  # for each new connection: try forever
     'reconnect_time_wait': NATS_HEARTBEAT,
     'no_echo': True,
     # Write each command at once. Otherwise nats-py 2.16 sends a PING before an UNSUB that is still
@@ -169,15 +167,14 @@ NATS_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of each connection, in seconds and bytes, named as websockets names them."""
+    """Limits of each connection, named as websockets names them. Times are in seconds."""
 
-    max_size: int = MAX_MESSAGE
+    max_size: int = MAX_MESSAGE  # bytes of a message
     origins: tuple[Any, ...] | None = None  # None: web pages of any origin may connect
-    open_timeout: float = 10
-    close_timeout: float = 10
-    # Generous, for bad networks: ProxyStore clients never recover from a lost connection.
-    ping_interval: float | None = 30
-    ping_timeout: float = 90
+    open_timeout: float = 10  # for TLS and the handshake
+    close_timeout: float = 10  # for the client to answer a close, and to end its stream
+    ping_interval: float | None = 30  # of silence; None: no pings
+    ping_timeout: float = 90  # generous: a ProxyStore endpoint does not survive a lost connection
 
 
 # ------------------------------------------------------------------------------- Messages
@@ -192,8 +189,8 @@ class MessageEncodeError(Exception):
 class MessageDecodeError(Exception):
     """Raised when a text is not a valid message.
 
-    The text of the error is the reason. `response_type` is that of the sender's generation, or
-    `server_response` if the text does not tell.
+    The text of the error is the reason. `response_type` is the type of the response that the
+    sender expects, or `server_response` if the text does not tell.
     """
 
     def __init__(self, reason: str, response_type: str = 'server_response') -> None:
@@ -220,7 +217,7 @@ class ServerResponse(Message):
     """The relay's answer to a registration, or to a text that is not a valid message."""
 
     success: bool = True
-    message: Optional[str] = None
+    message: Optional[str] = None  # not `str | None`: Python 3.9 could not evaluate it below
     error: bool = False
     message_type: str = 'server_response'  # `relay_response` from ProxyStore 0.6 on
 
@@ -239,7 +236,7 @@ class PeerConnection(Message):
 
 
 class Field(NamedTuple):
-    """A key of a message: the JSON types it may have, and how an error describes them."""
+    """A field of a message: its JSON types, and how an error describes them."""
 
     name: str
     types: tuple[type, ...]
@@ -258,8 +255,10 @@ JSON_TYPES: dict[object, tuple[tuple[type, ...], str]] = {
 
 def _schema(message_class: type[Message]) -> tuple[type[Message], list[Field]]:
     hints = get_type_hints(message_class)
-    rows = [(f.name, *JSON_TYPES[hints[f.name]], f.default) for f in fields(message_class)]
-    return message_class, [Field(*row, hints[row[0]] is UUID) for row in rows]
+    return message_class, [
+        Field(f.name, *JSON_TYPES[hints[f.name]], f.default, is_uuid=hints[f.name] is UUID)
+        for f in fields(message_class)
+    ]
 
 
 # The class of each message type, and its fields in the order of the class.
@@ -275,7 +274,8 @@ SCHEMAS = {
 def encode(message: Message) -> str:
     """Return the JSON text of a message.
 
-    Raises MessageEncodeError if it is not a message, or if a field has a type JSON does not know.
+    Raises MessageEncodeError if it is not a message, if its `message_type` is not one of its
+    class, or if a field has a value that JSON does not know.
     """
     try:
         if SCHEMAS[vars(message)['message_type']][0] is not type(message):
@@ -287,17 +287,14 @@ def encode(message: Message) -> str:
 
 
 def decode(text: str | bytes) -> Message:
-    """Return the message in the payload of a frame.
-
-    Raises MessageDecodeError, and nothing else, if the payload is not a valid message.
-    """
-    name: object = None
+    """Return the message in a frame's payload. Raises MessageDecodeError, and nothing else."""
+    message_type: object = None
     try:
         data = _parse_object(text)
-        name = data.get('message_type')
-        if not isinstance(name, str) or name not in SCHEMAS:
+        message_type = data.get('message_type')
+        if not isinstance(message_type, str) or message_type not in SCHEMAS:
             raise ValueError(f'message_type must be one of {", ".join(SCHEMAS)}')
-        message_class, schema = SCHEMAS[name]
+        message_class, schema = SCHEMAS[message_type]
         values = []
         for key, types, expected, default, is_uuid in schema:
             value = data.get(key, default)
@@ -305,13 +302,13 @@ def decode(text: str | bytes) -> Message:
                 raise ValueError(f'{key} must be {expected}')
             values.append(_parse_uuid(key, value) if is_uuid else value)
         return message_class(*values)
-    except RecursionError:
+    except RecursionError:  # from here on, there is an error
         reason = 'nested too deep'
     except json.JSONDecodeError as error:
         reason = f'not JSON: {error}'
     except ValueError as error:
         reason = str(error)
-    generation = 'relay' if str(name).startswith('relay_') else 'server'
+    generation = 'relay' if str(message_type).startswith('relay_') else 'server'
     raise MessageDecodeError(reason, f'{generation}_response')
 
 
@@ -321,7 +318,7 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     decoder = _strict_decoder
     if len(text) > STRICT_DECODE and not _LONG_NUMBER.search(text):
         decoder = _decoder
-    # `decode` would take a quarter longer, because it searches for white space.
+    # A JSONDecoder's own `decode` takes a quarter longer: it searches for white space.
     text = text.strip(' \t\n\r')
     data, end = decoder.raw_decode(text)
     if end < len(text):
@@ -331,21 +328,19 @@ def _parse_object(text: str | bytes) -> dict[str, Any]:
     return data
 
 
-# Messages repeat the same few UUIDs; parsing them each time would take an eighth of the time of a
-# forward. Only the usual form is cached: other forms may be long.
+# The same few UUIDs come again and again. Parsing them would be an eighth of a forward.
 _cached_uuid = lru_cache(4096)(UUID)
 
 
-def _parse_uuid(name: str, value: Any) -> UUID:
+def _parse_uuid(key: str, value: Any) -> UUID:
     try:
+        # 36 characters are the usual form. Others may be very long, and are not kept.
         return _cached_uuid(value) if len(value) == 36 else UUID(value)
     except ValueError:
-        raise ValueError(
-            f'{name} must be a string that holds a UUID, not {shown(value)}'
-        ) from None
+        raise ValueError(f'{key} must be a string that holds a UUID, not {shown(value)}') from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # If a key is there twice, the relay might read one value and the peer the other.
     data = dict(pairs)
     if len(data) < len(pairs):
@@ -359,48 +354,37 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def _constant(text: str) -> float:
-    raise ValueError(f'{text} is not JSON')
+def _no_constant(text: str) -> float:
+    raise ValueError(f'{text} is not JSON')  # NaN, Infinity
 
 
-# Calling `_number` for each number can make decoding five times slower, so a long text is searched
-# for a long number instead.
-_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+# To call `_number` for each number of a long text may take longer than all the rest.
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 _strict_decoder = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_constant, parse_float=_number, parse_int=_number
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_number, parse_int=_number
 )
 _LONG_NUMBER = re.compile(f'(?<![0-9.eE+-])[0-9.eE+-]{{{MAX_DIGITS + 1}}}')
 
 
 def shown(text: str) -> str:
-    """Return a client's text as the log may show it: quoted, ASCII, at most MAX_SHOWN long."""
+    """Return the first MAX_SHOWN characters of a client's text for the log: quoted, in ASCII."""
     return ascii(text[:MAX_SHOWN]) + ('...' if len(text) > MAX_SHOWN else '')
 
 
 # ------------------------------------------------------------------------------- Access
 #
-# Tokens and addresses: reading the token file, and telling who sent a handshake and from where.
+# Tokens and addresses: reading the token file, finding the user and the address of a handshake.
 
 
 class StartError(Exception):
-    """Raised when the relay cannot start; its text is the one line the operator sees."""
-
-
-class Credentials(NamedTuple):
-    """The user of a connection and the hash of its token; empty if no token is required."""
-
-    user: str
-    token_hash: bytes
-
-
-NO_CREDENTIALS = Credentials('', b'')
+    """Raised for what the operator has to mend; its text is the one line that is printed."""
 
 
 def read_tokens(path: str) -> dict[bytes, str]:
     """Return the users of a token file by the hash of their tokens.
 
-    Each line is `user:token`; ` #` begins a comment. Raises StartError if the file cannot be
-    read, has any other line, or has no token.
+    Each line is `user:token`; ` #` begins a comment. Logs a warning if other users can read the
+    file. Raises StartError if it cannot be read, has any other line, or has no token.
     """
     tokens: dict[bytes, str] = {}
     try:
@@ -409,12 +393,14 @@ def read_tokens(path: str) -> dict[bytes, str]:
                 logger.warning('%s can be read or changed by every user of this machine', path)
             # A # begins a comment at the start of a line or after a space, but not inside a token.
             lines = [f' {line}'.partition(' #')[0].strip() for line in file]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: the file is not in UTF-8
         raise StartError(f'cannot read {path}: {getattr(error, "strerror", error)}') from error
     for number, line in enumerate(lines, 1):
         user, _, token = line.partition(':')
         if line and not (user and token and line.isprintable() and ' ' not in line):
             raise StartError(f'{path}, line {number}: not in the form user:token')
+        if line and not token.isascii():  # a Bearer header could not carry it
+            raise StartError(f'{path}, line {number}: a token must consist of ASCII characters')
         if line and tokens.setdefault(_hash(token), user) != user:
             raise StartError(f'{path}, line {number}: this token belongs to another user')
     if not tokens:
@@ -422,52 +408,48 @@ def read_tokens(path: str) -> dict[bytes, str]:
     return tokens
 
 
-def find_credentials(
-    request: Request | None, tokens: dict[bytes, str] | None
-) -> Credentials | None:
-    """Return whose token a handshake shows, or None if it shows no valid token."""
-    if tokens is None:
-        return NO_CREDENTIALS
-    if request is None:
-        return None
+def find_user(request: Request, tokens: dict[bytes, str] | None) -> tuple[str, bytes] | None:
+    """Return the user and the hash of the token of a handshake, or None if that is not valid."""
+    if tokens is None:  # none is required
+        return '', b''
+    user: str | None = None
     try:
-        user = ''
-        # Two headers are joined, and match no token.
+        # A header with a token is preferred to the path. Two headers match no token.
         scheme, _, value = ' '.join(request.headers.get_all('Authorization')).partition(' ')
         if scheme.lower() == 'basic':
             user, _, token = base64.b64decode(value, validate=True).decode().partition(':')
         elif scheme.lower() == 'bearer':
             token = value.strip()
         else:
-            token = parse_qs(urlsplit(request.path).query)['token'][0]
+            # A plus is a plus here: no token contains a space.
+            token = parse_qs(urlsplit(request.path).query.replace('+', '%2B'))['token'][0]
     except (KeyError, ValueError):
         return None
     owner = tokens.get(_hash(token))
-    if owner is None or (scheme.lower() == 'basic' and owner != user):
+    if owner is None or user not in (None, owner):
         return None
-    return Credentials(owner, _hash(token))
+    return owner, _hash(token)
 
 
 def _hash(token: str) -> bytes:
-    # How long it takes to look up a hash does not reveal anything about the tokens.
+    # The time of looking up a hash tells nothing about a token. websockets 14 has surrogates in
+    # place of bytes that are not ASCII.
     return hashlib.sha256(token.encode(errors='surrogatepass')).digest()
 
 
 def address_of(address: Any) -> str:
-    """Return the address of a socket as host:port."""
+    """Return the name of a socket as host:port."""
     if not isinstance(address, tuple):
         return 'unknown address'
     return f'[{address[0]}]:{address[1]}' if ':' in address[0] else f'{address[0]}:{address[1]}'
 
 
-def client_address(address: Any, request: Request | None) -> str:
-    """Return the address of a client. If a proxy on this machine connected, it is in a header.
-
-    The last entry of X-Forwarded-For is the one that the proxy itself added.
-    """
-    forwarded = request.headers.get_all('X-Forwarded-For') if request is not None else []
+def client_address(address: Any, request: Request) -> str:
+    """Return the address of a client, from X-Forwarded-For if a proxy is on this machine."""
+    forwarded = request.headers.get_all('X-Forwarded-For')
     with contextlib.suppress(ValueError, TypeError, IndexError):
         if forwarded and ipaddress.ip_address(address[0]).is_loopback:
+            # The entry that the proxy itself added, without an IPv6 zone.
             last = forwarded[-1].rpartition(',')[2].partition('%')[0]
             return str(ipaddress.ip_address(last.strip()))
     return address_of(address)
@@ -476,11 +458,11 @@ def client_address(address: Any, request: Request | None) -> str:
 # ------------------------------------------------------------------------------- Relay
 #
 # What happens with each message. The decisions in here are plain functions without an `await`, so
-# nothing can change between looking up a client and acting on it. Sockets are only known as Links.
+# nothing can change between looking up a client and acting on it. A connection is only known by
+# what EmbeddedLink, below, and Connection have in common.
 
 WELCOME = 'This is a signaling relay for WebRTC peers. Connect to it with a WebSocket (ws://).\n'
-TOKEN_REQUIRED = 'This relay requires a token.\n'
-# Why a message is returned to its sender, by the reason's name in the metrics.
+# Reasons to return a message to its sender, by their names in the metrics.
 FORWARD_ERRORS = {
     'unknown_peer': 'this peer is unknown',
     'forged_source': "source_uuid is not the sender's",
@@ -489,17 +471,17 @@ FORWARD_ERRORS = {
     'disconnected': 'the relays are disconnected',
 }
 COUNTERS = (
-    *('registrations', 'displaced_registrations', 'pings_unanswered'),
-    *('forwarded_messages', 'forwarded_bytes', 'remote_messages', 'remote_unknown'),
-)
-# Refusals by reason; `rate_paced` counts messages that had to wait.
-REFUSALS = (
+    'registrations displaced_registrations pings_unanswered '
+    'forwarded_messages forwarded_bytes remote_messages remote_unknown'
+).split()
+# Reasons of refusals; `rate_paced` counts how often a client was made to wait.
+REFUSALS = [
     *FORWARD_ERRORS,
-    *('malformed', 'too_large', 'rate_paced', 'never_registered'),
-    *('incomplete', 'unauthorized', 'full', 'out_of_memory'),
-)
-# Why the relay closes a connection.
-PING_TIMEOUT = 'keepalive ping timeout'
+    *'malformed too_large rate_paced never_registered'.split(),
+    *'incomplete unauthorized full out_of_memory'.split(),
+]
+# Why the relay closes a connection, in at most 123 bytes (RFC 6455, section 5.5.1).
+PING_TIMEOUT = 'keepalive ping timeout'  # the words of websockets
 NOT_REGISTERED = f'not registered within {REGISTER_TIMEOUT} s'
 INCOMPLETE = f'message not complete within {MESSAGE_TIMEOUT} s'
 # ProxyStore's relay uses these words, and its endpoints show them to their users.
@@ -510,14 +492,11 @@ DISPLACED = (
 
 
 class EmbeddedLink:
-    """Sends to a client that is served by `websockets.asyncio.server.serve`.
-
-    It is the counterpart of Connection, which is below, for websockets' own server.
-    """
+    """Sends to a client of websockets' own server, as Connection (below) does to one of ours."""
 
     def __init__(self, websocket: Any) -> None:
         self.websocket = websocket
-        self.closing: asyncio.Task[None] | None = None
+        self.closing: asyncio.Task[None] | None = None  # set when the relay closes it
 
     @property
     def is_open(self) -> bool:
@@ -530,8 +509,8 @@ class EmbeddedLink:
         return int(self.websocket.transport.get_write_buffer_size())
 
     def write(self, data: bytes) -> None:
-        """Send a text, or do nothing if the connection is not open."""
-        from websockets.asyncio.server import broadcast
+        """Send a text without waiting, or do nothing if the connection is not open."""
+        from websockets.asyncio.server import broadcast  # at hand only if embedded
 
         broadcast((self.websocket,), data.decode())
 
@@ -541,13 +520,14 @@ class EmbeddedLink:
             self.closing = asyncio.ensure_future(self.websocket.close(code, reason))
 
 
-@dataclass(eq=False, repr=False)  # a repr would show the client's own text in errors of asyncio
+# Without eq, clients are keys of dicts. Without repr, errors of asyncio show no text of a client.
+@dataclass(eq=False, repr=False)
 class Client:
     """A connected program: how to reach it and, once it has registered, its name and UUID."""
 
     name: str
     uuid: UUID | None
-    websocket: Any  # identifies the client to `register` and other public methods
+    websocket: Any  # as public methods know it; unless the relay is embedded, the same as `link`
     link: Connection | EmbeddedLink
     user: str = ''  # the owner of the client's token, if the relay requires tokens
     token_hash: bytes = b''
@@ -556,7 +536,7 @@ class Client:
     next_allowed: float = 0.0  # monotonic time from which its next message is within the rate
     registration_order: int = 0  # of several clients that register a UUID, the highest holds it
     registration_timer: asyncio.TimerHandle | None = None
-    takeover: asyncio.Future[None] | None = None  # set when displaced, done when it has closed
+    takeover: asyncio.Future[None] | None = None  # if displaced; cancelled once it has closed
 
     def __str__(self) -> str:
         user = f'user {shown(self.user)}, ' if self.user else ''
@@ -566,7 +546,7 @@ class Client:
 class Claim(NamedTuple):
     """A client's claim to its UUID among relays. The highest (stamp, id) holds the UUID."""
 
-    stamp: int  # ns, wall clock at registration, or higher to outbid an older client
+    stamp: int  # ns, wall clock at registration; raised to outbid an older claim
     id: str  # unique; decides between equal stamps
     since: float  # s, monotonic clock at registration; on Linux the same in all processes
 
@@ -576,6 +556,9 @@ class RelayServer:
 
     `serve` below runs one. To embed it, run `websockets.asyncio.server.serve(relay.handler, ...)`,
     with `process_request=relay.process_request` where tokens or health checks are wanted.
+
+    `rate` is in messages a second, 0 for no limit. Raises StartError if the token file cannot be
+    used. `register` and `connect` raise KeyError for a connection that has closed.
     """
 
     def __init__(
@@ -590,8 +573,8 @@ class RelayServer:
         self._websocket_to_client: dict[Any, Client] = {}
         self._uuid_to_client: dict[tuple[str, UUID | None], Client] = {}
         self._registration_order = itertools.count(1)
-        self.listener: Listener | None = None
-        self.backplane: Backplane | None = None
+        self.listener: Listener | None = None  # unless it is embedded
+        self.backplane: Backplane | None = None  # with --nats
         # For the operator.
         self.started = time.time()
         self.certificate_expiry: float | None = None  # seconds since 1970
@@ -599,25 +582,25 @@ class RelayServer:
         self.refusal_counts = dict.fromkeys(REFUSALS, 0)
         # When each source of refusals was last logged, and how many there were.
         self.refusal_log: dict[object, tuple[float, int]] = {}
-        # Takeovers by user and UUID; cleared after FIGHT_INTERVAL, or if there are too many.
+        # Takeovers by user and UUID; cleared after FLAP_INTERVAL, or if there are too many.
         self._takeovers: Counter[tuple[str, UUID | None]] = Counter()
         self._takeovers_since = 0.0
 
     # Connections: opening, reading, closing.
 
     def process_request(self, websocket: Any, request: Request) -> Response | None:
-        """Answer requests that are not WebSocket handshakes or show no valid token."""
+        """Answer a request that is no handshake or has no valid token. None accepts it."""
         extra: dict[str, str] = {}
         if request.path == '/healthz':
             status, text = (200, 'ok\n') if websocket.server.is_serving() else (503, 'stopping\n')
         elif 'Upgrade' not in request.headers:
             status, text, extra = 426, WELCOME, {'Upgrade': 'websocket'}
-        elif find_credentials(request, self.tokens) is not None:
+        elif find_user(request, self.tokens) is not None:
             return None
         else:
             address = client_address(websocket.remote_address, request)
             self.log_refusal('unauthorized', 401, address, 'no valid token')
-            status, text = 401, TOKEN_REQUIRED
+            status, text = 401, 'This relay requires a token.\n'
             extra = {'WWW-Authenticate': 'Bearer realm="relay"'}
         response: Response = websocket.respond(status, text)
         response.headers.update(extra)
@@ -625,46 +608,44 @@ class RelayServer:
 
     async def handler(self, websocket: Any) -> None:
         """Serve a connection of `websockets.asyncio.server.serve` until it closes."""
-        limit_socket(websocket.transport.get_extra_info('socket'))
+        limit_socket(websocket.transport.get_extra_info('socket'))  # as Listener does
         client = Client('', None, websocket, EmbeddedLink(websocket))
         error: ConnectionClosed | None = None
         self.on_open(client, websocket.request)
         try:
             while True:
                 text = await websocket.recv()
-                if client.link.is_open:
+                if client.link.is_open:  # else, the relay has closed it
                     takeover = self.receive(client, text)
                     if takeover is not None:
                         await asyncio.wait({takeover})
-                    # Even a sleep of 0 s lets other clients have their turn.
+                    # A sleep of 0 s, too, gives other clients a turn.
                     await asyncio.sleep(self.pace(client, len(text)))
         except ConnectionClosed as closed:
             error = closed
         finally:
             self.on_close(client, error)
 
-    def on_open(self, client: Client, request: Request | None) -> None:
+    def on_open(self, client: Client, request: Request) -> None:
         """Admit a new connection, or close it if it has no token or the relay is full."""
         client.address = client_address(client.websocket.remote_address, request)
-        credentials = find_credentials(request, self.tokens)
-        if credentials is None or len(self._websocket_to_client) >= self._max_clients:
-            # A full relay does not answer with an HTTP error, which would terminate a ProxyStore
-            # endpoint. After a close with 1013, it tries again.
-            kind, code, reason = 'full', 1013, 'the relay is full'
-            if credentials is None:
-                kind, code, reason = 'unauthorized', 1008, 'no valid token'
-            self.log_refusal(kind, code, client.address, reason)
-            client.link.close(code, reason)
-            return
-        client.user, client.token_hash = credentials
-        self._websocket_to_client[client.websocket] = client
-        self.start_registration_timer(client, REGISTER_TIMEOUT)
+        user = find_user(request, self.tokens)
+        if user is None:  # the relay is embedded without `process_request`
+            self._turn_away(client, 'unauthorized', 1008, 'no valid token')
+        elif len(self._websocket_to_client) >= self._max_clients:
+            # An HTTP error would terminate a ProxyStore endpoint. After 1013, it tries again.
+            self._turn_away(client, 'full', 1013, 'the relay is full')
+        else:
+            client.user, client.token_hash = user
+            self._websocket_to_client[client.websocket] = client
+            self.start_registration_timer(client, REGISTER_TIMEOUT)
+
+    def _turn_away(self, client: Client, kind: str, code: int, reason: str) -> None:
+        self.log_refusal(kind, code, client.address, reason)
+        client.link.close(code, reason)
 
     def readmit(self, client: Client, seconds: float | None, claim: Claim | None) -> None:
-        """Admit a client that was connected before an upgrade, with the claim it had.
-
-        `seconds` are left for it to register; None if it has.
-        """
+        """Admit a client from before an upgrade: with the seconds left to register, or a claim."""
         self._websocket_to_client[client.websocket] = client
         if seconds is not None:
             self.start_registration_timer(client, seconds)
@@ -674,15 +655,15 @@ class RelayServer:
                 self.backplane.announce(client, claim)
 
     def start_registration_timer(self, client: Client, seconds: float) -> None:
-        """Close a client with 1008 unless it registers in time."""
+        """Close a client with 1008 unless it registers within some seconds."""
         client.registration_timer = asyncio.get_running_loop().call_later(
             seconds, self._close, client, 1008, NOT_REGISTERED
         )
 
     def on_close(self, client: Client, error: ConnectionClosed | None) -> None:
-        """Clean up after a closed connection. The error tells how it was closed."""
+        """Clean up after a closed connection. Without an error, `handler` was cancelled."""
         if self._websocket_to_client.pop(client.websocket, None) is None:
-            return
+            return  # it was turned away
         reason = 'the relay stopped' if error is None else self._describe_close(client, error)
         self._unregister(client, reason)
         self.refusal_log.pop(client, None)
@@ -691,7 +672,7 @@ class RelayServer:
 
     def _describe_close(self, client: Client, error: ConnectionClosed) -> str:
         """Return how a connection was closed, for the log. Counts it if it is a refusal."""
-        if error.sent is None or error.rcvd_then_sent:
+        if error.sent is None or error.rcvd_then_sent:  # the client closed it
             if error.rcvd is None:
                 return 'connection lost'
             reason = f': {shown(error.rcvd.reason)}' if error.rcvd.reason else ''
@@ -705,10 +686,10 @@ class RelayServer:
             self._log_client_refusal(kind, client, f'{reason} ({code})')
         if reason == PING_TIMEOUT:
             self.counts['pings_unanswered'] += 1
-        return f'closed by the relay with {code}' + (f': {reason}' if reason else '')
+        return f'closed by the relay with {code}: {reason}'.rstrip(': ')
 
     def pace(self, client: Client, size: int) -> float:
-        """Return how many seconds a client's next message must wait after one of this size."""
+        """Charge a client for a message of this many bytes. Return the seconds to its next one."""
         if not self._rate:
             return 0
         now = time.monotonic()
@@ -724,7 +705,7 @@ class RelayServer:
         try:
             message = decode(text)
         except MessageDecodeError as error:
-            if client.uuid is None:
+            if client.uuid is None:  # then its generation is not known yet
                 client.response_type = error.response_type
             self._refuse(client, str(error))
             return None
@@ -747,6 +728,7 @@ class RelayServer:
     def _register(
         self, client: Client, request: ServerRegistration
     ) -> asyncio.Future[None] | None:
+        """Return a future if the client has to wait for the holder of the UUID to close."""
         if client.uuid == request.uuid:
             self._send(client, ServerResponse(message_type=client.response_type))
         elif client.uuid is not None:
@@ -768,13 +750,14 @@ class RelayServer:
         """
         loop = asyncio.get_running_loop()
         holder.takeover = loop.create_future()
+        # The first callback: the client is registered before its next message is read.
         holder.takeover.add_done_callback(lambda _: self._admit(client, request))
         loop.call_later(TAKEOVER_TIMEOUT, holder.takeover.cancel)
         self.displace(holder, client.address)
         return holder.takeover
 
     def _admit(self, client: Client, request: ServerRegistration) -> None:
-        """Put a client into the registry and answer it, in one step.
+        """Put a client into the registry and answer it, in one step, unless a later one has won.
 
         While client B waited for A to close, C may have registered the same UUID. The one that
         registered last keeps it, so B may have to displace C, or be displaced by it.
@@ -783,7 +766,7 @@ class RelayServer:
             return
         key = (client.user, request.uuid)
         holder = self._uuid_to_client.get(key)
-        # A name can be as long as a message. One more character than the log shows is kept.
+        # A name can be as long as a message. Kept is what the log shows, and one more for dots.
         client.name, client.uuid = request.name[: MAX_SHOWN + 1], request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
         if holder is not None:
@@ -802,29 +785,29 @@ class RelayServer:
         self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
-    def displace(self, client: Client, by: str) -> None:
-        """Close a client because its UUID was registered again, `by` a client at that address."""
+    def displace(self, client: Client, by_address: str) -> None:
+        """Close a client because its UUID was registered again, from another address."""
         self.counts['displaced_registrations'] += 1
         key, now = (client.user, client.uuid), time.monotonic()
-        expired = now - self._takeovers_since > FIGHT_INTERVAL
+        expired = now - self._takeovers_since > FLAP_INTERVAL
         if expired or len(self._takeovers) > WATCHED_TAKEOVERS:
             self._takeovers.clear()
             self._takeovers_since = now
         self._takeovers[key] += 1
-        if self._takeovers[key] == FIGHT:
+        if self._takeovers[key] == FLAP_COUNT:
             text = 'UUID %s is registered again and again by %s and %s; %s'
             hint = 'two endpoints probably share one configuration: give one of them a new UUID'
-            logger.warning(text, client.uuid, client.address, by, hint)
+            logger.warning(text, client.uuid, client.address, by_address, hint)
         code = 4004 if client.response_type == 'relay_response' else 1001
         self._close(client, code, DISPLACED)
 
     def _close(self, client: Client, code: int, reason: str) -> None:
         """Remove a registration at once, and start closing its connection."""
-        self._unregister(client, f'closed by the relay with {code}: {reason}')
+        self._unregister(client, f'closed by the relay with {code}: {reason}'.rstrip(': '))
         client.link.close(code, reason)
 
     async def unregister(self, websocket: Any, expected: bool) -> None:
-        """Remove a registration and close its connection, with 1000 or as displaced."""
+        """Remove a registration and close its connection, with 1000 if `expected`."""
         client = self._websocket_to_client.get(websocket)
         if client is not None and expected:
             self._close(client, 1000, '')
@@ -849,12 +832,12 @@ class RelayServer:
         self._connect(self._websocket_to_client[websocket], message, encode(message))
 
     def _connect(self, client: Client, message: PeerConnection, text: str | bytes) -> None:
-        data = text.encode() if isinstance(text, str) else text
-        kind: str | None = 'forged_source'
         if client.uuid is None:
             self._refuse(client, 'client has not registered yet')
             return
+        kind: str | None = 'forged_source'
         if message.source_uuid == client.uuid:
+            data = text.encode() if isinstance(text, str) else text
             kind = self.deliver(client.user, message.peer_uuid, data)
             if kind == 'unknown_peer' and self.backplane is not None:
                 kind = self.backplane.forward(client, message, data)
@@ -865,10 +848,10 @@ class RelayServer:
         """Return a message to its sender with an error, one of FORWARD_ERRORS."""
         reason = FORWARD_ERRORS[kind]
         self.log_refusal(kind, client, client, f'message to {message.peer_uuid}: {reason}')
-        what = f'peer connection message to peer {message.peer_uuid}'
-        answer = replace(message, error=f'Cannot forward {what} because {reason}.')
+        error = f'Cannot forward peer connection message to peer {message.peer_uuid} because '
+        answer = replace(message, error=f'{error}{reason}.')
         text = encode(answer)
-        if len(text) > MAX_MESSAGE:  # the error and escaped characters made it longer
+        if len(text) > MAX_MESSAGE:  # ProxyStore reads no more; the error has made it longer
             text = encode(replace(answer, source_name='', description_type='', description=''))
         client.link.write(text.encode())
 
@@ -888,8 +871,10 @@ class RelayServer:
         return None
 
     async def send(self, websocket: Any, message: Message) -> None:
-        """Send a message to a connection, or do nothing if it is closed."""
-        self._send(self._websocket_to_client[websocket], message)
+        """Send a message to a connection, or do nothing if it has closed."""
+        client = self._websocket_to_client.get(websocket)
+        if client is not None:
+            self._send(client, message)
 
     def _send(self, client: Client, message: Message) -> None:
         client.link.write(encode(message).encode())
@@ -912,13 +897,13 @@ class RelayServer:
         self.refusal_log[source] = (logged, count + 1)
 
     def _log_client_refusal(self, kind: str, client: Client, reason: str) -> None:
-        # Unregistered clients share one source: they can reconnect as often as they like.
+        # Unregistered clients share one source: with each new connection, they would have another.
         source = None if client.uuid is None else client
         self.log_refusal(kind, source, client, reason)
 
     def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
-        """Read tokens and certificate again, both or neither. Close clients without a token."""
-        notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        """Read tokens and certificate again, both or neither. Close clients of revoked tokens."""
+        notify_reloading()
         try:
             tokens = None if self._token_file is None else read_tokens(self._token_file)
             if tls is not None:
@@ -927,15 +912,13 @@ class RelayServer:
                 expiry = expiry_of(certfile)
                 tls.load_cert_chain(certfile, keyfile, password='')
                 self.certificate_expiry = expiry
-        except (StartError, OSError, ValueError, IndexError) as error:
+            self.tokens = tokens
+            self.close_revoked()
+            logger.info('Reloaded')
+        except (StartError, OSError) as error:
             logger.error('Reload failed, keeping the old configuration: %s', error)
-            return
         finally:
             notify('READY=1')
-        if tokens is not None:
-            self.tokens = tokens
-        self.close_revoked()
-        logger.info('Reloaded')
 
     def close_revoked(self) -> None:
         """Close clients whose token is no longer in the file."""
@@ -945,17 +928,13 @@ class RelayServer:
 
 
 def limit_socket(sock: Any) -> None:
-    """Bound what the kernel buffers for a connection, and drop it when its peer is unreachable.
-
-    Accepted connections inherit it from a listening socket.
-    """
+    """Bound what the kernel buffers for a connection, and drop it when its peer is unreachable."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, 'TCP_USER_TIMEOUT'):  # not on macOS
-            option, milliseconds = socket.TCP_USER_TIMEOUT, 1000 * STALL_TIMEOUT
-            sock.setsockopt(socket.IPPROTO_TCP, option, milliseconds)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALL_TIMEOUT)
 
 
 # ------------------------------------------------------------------------------- Connection
@@ -972,15 +951,19 @@ def limit_socket(sock: Any) -> None:
 #
 # The life of a connection, by the state of its protocol:
 #
-#     CONNECTING   TLS and HTTP handshake. Dropped after open_timeout, or soon after a refusal.
-#     OPEN         Frames are read, unless reading is paused.
-#     CLOSING      A close frame was sent. Until the client answers it, frames are still read, but
-#                  messages are ignored. When nothing more will be sent, the connection is
-#                  `finished`: input is discarded. After close_timeout, it is dropped.
-#     CLOSED       The socket is closed and the client unregistered.
+#     CONNECTING   TLS and HTTP handshake. Dropped after open_timeout.
+#     OPEN         The handshake is complete (`opened`). Frames are processed, unless paused.
+#     CLOSING      A close frame was sent. Until the client answers it, frames are still processed,
+#                  but messages are ignored. Dropped after close_timeout.
+#     CLOSED       Close frames were exchanged, or the client's stream has ended.
 #
-# Reading is paused for these reasons. A paused connection still receives up to RECEIVE_BUFFER
-# bytes, and notices its end. What it received before its end is processed when reading resumes.
+# `close` sends a close frame and waits for the client's, `fail` does not wait. Once the last bytes
+# for the client are in `output`, the connection is `finished`: input is discarded, and the stream
+# ends after the output. `abort` closes the socket: when both streams have ended, when a timer runs
+# out, or after a reset.
+#
+# Processing is paused for these reasons. A paused connection still receives up to RECEIVE_BUFFER
+# bytes, and notices its end. What it received before is processed, unless its end is a reset.
 
 RATE_LIMIT = 'rate limit'  # until the client's next message is within the rate (a timer)
 TAKEOVER = 'takeover'  # until the previous holder of its UUID has closed (a future)
@@ -988,7 +971,6 @@ UNREAD = 'unread output'  # until the client has read most of its output (_on_wr
 TURN = 'turn'  # until its long message may be decoded (Listener.request_turn)
 SLICE_USED = 'slice used'  # until the next turn of the event loop
 UPGRADING = 'upgrading'  # until the new version has taken over, or has failed to
-NOT_PAUSED: frozenset[str] = frozenset()  # shared by all connections, to save memory
 
 
 class TlsSession:
@@ -999,17 +981,16 @@ class TlsSession:
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()  # both encrypted
         self.session = context.wrap_bio(self.incoming, self.outgoing, server_side=True)
         self.established = False
-        # Bytes of the handshake, later of what OpenSSL answers by itself. More than TLS_RECORD
-        # would be a flood, and ends the session.
+        # Received in the handshake; later, answered by OpenSSL itself. TLS_RECORD is the limit.
         self.overhead_bytes = 0
         self.ended = False  # by the client, or by an error
 
     def decrypt(self, data: memoryview, plain: bytearray) -> None:
-        """Decrypt data into `plain`. Afterwards, `answer()` has to be sent."""
-        # In pieces: the buffers between OpenSSL and Python never shrink.
+        """Decrypt data into `plain`. Afterwards, the caller has to send `answer()`."""
+        # In pieces: a MemoryBIO never shrinks.
         for start in range(0, len(data), TLS_RECORD // 4):
             piece = data[start : start + TLS_RECORD // 4]
             self.incoming.write(piece)
@@ -1022,7 +1003,7 @@ class TlsSession:
                     chunk = self.session.read(TLS_RECORD)
                     plain += chunk
                     self.ended = not chunk
-            except ssl.SSLWantReadError:
+            except ssl.SSLWantReadError:  # all is decrypted
                 self.ended = self.overhead_bytes > TLS_RECORD
             except ssl.SSLError:
                 self.ended = True
@@ -1033,11 +1014,11 @@ class TlsSession:
         """Return what OpenSSL has to send in answer to received data."""
         data = self.outgoing.read()
         if self.established:
-            self.overhead_bytes += len(data)  # key updates; a client needs few or none
+            self.overhead_bytes += len(data)  # to a key update; a client needs few or none
         return data
 
     def encrypt(self, data: bytes) -> bytes:
-        """Encrypt data. Raises ssl.SSLError after an error."""
+        """Encrypt data. Raises ssl.SSLError if the session has failed."""
         records = []
         for start in range(0, len(data), TLS_RECORD):
             self.session.write(data[start : start + TLS_RECORD])
@@ -1046,7 +1027,7 @@ class TlsSession:
 
     def end(self) -> bytes:
         """Return the alert that ends the session."""
-        with contextlib.suppress(ssl.SSLError):
+        with contextlib.suppress(ssl.SSLError):  # it wants to read the client's
             self.session.unwrap()
         return self.outgoing.read()
 
@@ -1055,20 +1036,21 @@ class TlsSession:
 # free them. A closed connection clears its protocol and uses this one, which does nothing.
 CLOSED_PROTOCOL = ServerProtocol(state=State.CLOSED)
 CLOSED_PROTOCOL.receive_eof()
-CLOSED_PROTOCOL.data_to_send()
+CLOSED_PROTOCOL.data_to_send()  # nothing is left to send
 
 
 class Connection:
     """The connection of one client.
 
-    Once it is closed, `write`, `close`, `resume` and `abort` do nothing.
+    Sending to it, or buffering for it, may `abort` it. Then it has no `client` any more, and all
+    methods do nothing.
     """
 
     def __init__(
         self, server: Listener, sock: socket.socket, address: Any, state: State = CONNECTING
     ) -> None:
         limits = server.limits
-        # `server` is the name that websockets gives it, for `process_request`.
+        # `server` and `respond` are the names of websockets, for `process_request`.
         self.server, self.relay, self.loop = server, server.relay, server.loop
         self.sock, self.fd, self.remote_address = sock, sock.fileno(), address
         self.protocol = ServerProtocol(
@@ -1078,21 +1060,21 @@ class Connection:
         self.client = Client('', None, self, self)
         self.input, self.output = bytearray(), bytearray()
         self.fragments = bytearray()  # of a message whose last frame is still to come
-        self.opcode: Opcode | None = None  # of that message
-        self.unflushed_bytes = 0  # in the protocol, until the end of this turn of the loop
+        self.opcode: Opcode | None = None  # of that message, if there is one
+        self.unflushed_bytes = 0  # in the protocol, until the next turn of the loop
         self.counted_bytes = 0  # in the listener's total
-        self.paused_for = NOT_PAUSED
+        self.paused_for: set[str] = set()
         self.has_turn = False  # it may process one long message now
         self.eof = False  # everything the client sent was received
         self.opened = False  # the handshake was completed; stays set when the connection closes
-        self.finished = False  # everything for the client was sent, or is in `output`
+        self.finished = False  # all for the client was sent or is in `output`; input is discarded
         self.rate_timer: asyncio.TimerHandle | None = None
         self.last_heard = self.last_pinged = time.monotonic()
-        self.deadline = self.loop.call_later(limits.open_timeout, self.abort)
+        self.drop_timer = self.loop.call_later(limits.open_timeout, self.abort)
         server.connections[self] = None
         server.handshakes[self] = None
-        # By number: of an unknown socket, asyncio's selectors write a description, which takes two
-        # system calls, four times in the life of a connection.
+        # Not the socket itself: asyncio's selector would call repr() on it, with two system calls
+        # each time, six times in the life of a connection.
         self.loop.add_reader(self.fd, self._on_readable)
 
     # Used by the relay.
@@ -1111,19 +1093,19 @@ class Connection:
         """Send a text, or do nothing if the connection is not open."""
         if self.protocol.state is OPEN:
             self.protocol.send_text(data)
-            # Sent at the end of this turn, together with what else is written to this client.
+            # Sent after the present events, together with what else is written to this client.
             if not self.unflushed_bytes:
-                self.server.flush_soon(self)
+                self.loop.call_soon(self.flush)
             self.unflushed_bytes += len(data)
 
     def close(self, code: int, reason: str) -> None:
         """Send a close frame, or soon drop the connection if the handshake is not complete."""
         if self.protocol.state is CONNECTING:
-            self._start_deadline(STOP_HANDSHAKE)
+            self._drop_after(STOP_HANDSHAKE)
         elif self.protocol.state is OPEN:
             self.protocol.send_close(code, reason)
             self.flush()
-            self._start_deadline(self.server.limits.close_timeout)
+            self._drop_after(self.server.limits.close_timeout)
             # The client's own close frame must not wait for its rate.
             self.resume(RATE_LIMIT)
 
@@ -1140,8 +1122,11 @@ class Connection:
 
     def _on_readable(self) -> None:
         try:
-            # 0: as much as fits. Less over TLS, where some records cost CPU but hold no message.
-            count = self.sock.recv_into(self.server.buffer, TLS_RECORD if self.tls else 0)
+            # Less over TLS, where some records cost CPU but hold no message.
+            most = TLS_RECORD if self.tls else RECEIVE_BUFFER
+            if self.paused_for:
+                most = min(most, max(1, RECEIVE_BUFFER - len(self.input)))
+            count = self.sock.recv_into(self.server.buffer, most)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -1152,7 +1137,7 @@ class Connection:
         if count == 0:
             self._on_eof()
         elif self.finished:
-            pass  # the client is not listened to any more
+            return
         elif self.tls is None:
             self.input += self.server.buffer[:count]
             self.process_input()
@@ -1174,12 +1159,13 @@ class Connection:
         self.process_input()
 
     def process_input(self) -> None:
-        """Process whole requests and frames until the rest is not whole, or reading pauses."""
+        """Process all whole requests and frames, unless processing is or becomes paused."""
         budget = SLICE
         while self.input and not self.paused_for:
             size = self._next_size()
             if size == 0 or size > len(self.input):
                 break
+            # To decode a message takes time for all of its fragments.
             if size + len(self.fragments) > LONG_MESSAGE and not self.has_turn:
                 self.pause(TURN)
                 self.server.request_turn(self)
@@ -1197,12 +1183,14 @@ class Connection:
         if self.paused_for or self.server.not_reading:
             self._control_reading()
         if self.eof and not self.paused_for:
-            self._on_end_of_input()
+            self.protocol.receive_eof()
+            self.flush()
+            self._finish()
 
     def _control_reading(self) -> None:
-        """Stop reading while the connection is paused with a full input or output."""
-        # Output counts too: TLS answers some records, which never become input.
-        too_much = len(self.input) > RECEIVE_BUFFER or len(self.output) > MAX_BACKLOG
+        """Do not read the socket while the connection is paused with a full input or output."""
+        # Output counts too: OpenSSL answers some records, which never become input.
+        too_much = len(self.input) >= RECEIVE_BUFFER or len(self.output) > MAX_BACKLOG
         full = bool(self.paused_for) and too_much
         if full and not self.eof and self not in self.server.not_reading:
             self.loop.remove_reader(self.fd)
@@ -1212,18 +1200,18 @@ class Connection:
             self.loop.add_reader(self.fd, self._on_readable)
 
     def _next_size(self) -> int:
-        """Return how much of the input to give to the protocol next, 0 if that is unknown.
+        """Return how much of the input to give to the protocol next, 0 if that is not known yet.
 
         This is a whole request or a whole frame, whose header is 2 to 14 bytes long (RFC 6455,
-        section 5.2), or two bytes that the protocol refuses: an unknown opcode, or no mask. Closes
-        the connection with 1009 if the message is too long.
+        section 5.2), or two bytes that the protocol refuses: an unknown opcode, or no mask. If the
+        message is too long, closes the connection with 1009 and returns 0.
         """
         data = self.input
         if not self.opened:
             return self._request_size()
         if len(data) < 2 or data[0] & 0x0F not in OPCODES or data[1] < 0x80:
             return 2
-        length, header = data[1] & 0x7F, 6
+        length, header = data[1] & 0x7F, 6  # with the mask of 4 bytes
         if length > 125:
             header = 8 if length == 126 else 14
             if len(data) < header:
@@ -1232,27 +1220,26 @@ class Connection:
         limit = self.server.limits.max_size
         if self.client.uuid is None:
             limit = min(limit, MAX_UNREGISTERED)
-        if length + len(self.fragments) > limit:
+        held = 0 if data[0] & 0x08 else len(self.fragments)  # a control frame is apart from them
+        if length + held > limit:
             self.fail(1009, f'message longer than {limit} bytes')
             return 0
         return header + length
 
     def _request_size(self) -> int:
+        """Return the size of the request, 0 if it is not whole. Ends what cannot become one."""
         end = self.input.find(b'\r\n\r\n')
         if end >= 0:
             return end + 4
-        if self.input[0] == TLS_HELLO:  # on a port without TLS
+        if self.input[0] == 0x16:  # TLS, on a port without it
             self.abort()
         elif len(self.input) > MAX_UNREGISTERED:
             self._answer(self.respond(431, 'The request is too long.\n'))
         return 0
 
     def _process(self, size: int) -> None:
-        if size == len(self.input):
-            data, self.input = self.input, bytearray()
-        else:
-            data = self.input[:size]
-            del self.input[:size]
+        data = self.input[:size]
+        del self.input[:size]
         self.protocol.receive_data(data)
         events = self.protocol.events_received()
         for event in events:
@@ -1260,7 +1247,7 @@ class Connection:
                 self._on_frame(event)
             elif isinstance(event, Request):
                 self._on_request(event)
-        if not events and self.opened:  # the protocol has refused a frame
+        if not events and self.opened:  # the protocol has refused a frame, or ignores it
             self.flush()
         elif not events:
             self._refuse_request()
@@ -1269,16 +1256,17 @@ class Connection:
 
     def _on_request(self, request: Request) -> None:
         response = self.server.process_request(self, request)
-        if response is None and not self.server.is_serving():
-            response = self.respond(503, 'stopping\n')
         if response is None:
-            response = self.protocol.accept(request)
+            response = self.protocol.accept(request)  # this may be a refusal
         self._answer(response)
         if self.is_open:
             self.mark_open()
             self.relay.on_open(self.client, request)
             request.headers.clear()  # to free them: the protocol keeps the request
-        elif response.status_code == 403:
+            if not self.server.is_serving():
+                # An HTTP error would terminate a ProxyStore endpoint. After 1001, it tries again.
+                self.close(1001, '')
+        elif response.status_code == 403:  # only the check of the origin answers so
             address = client_address(self.remote_address, request)
             reason = f'origin {shown(request.headers.get("Origin", ""))} is not allowed'
             self.relay.log_refusal('unauthorized', 403, address, reason)
@@ -1291,10 +1279,10 @@ class Connection:
         """Note that the handshake is complete."""
         self.opened = True
         self.server.handshakes.pop(self)
-        self.deadline.cancel()
+        self.drop_timer.cancel()
 
     def _refuse_request(self) -> None:
-        # If websockets cannot parse a request, all it does is to end the stream.
+        # If websockets cannot parse a request, it ends the stream; newer versions answer some.
         answer = b''.join(self.protocol.data_to_send())
         if not answer:
             error = self.protocol.handshake_exc
@@ -1308,15 +1296,16 @@ class Connection:
             self.flush()  # the protocol answers pings and closes
         elif self.is_open:
             self._on_data(frame)
-        # The connection may have been closed because of this frame.
-        wait = self.relay.pace(self.client, len(frame.data)) if self.is_open else 0
+        if not self.is_open:  # any more, because of this frame
+            return
+        wait = self.relay.pace(self.client, len(frame.data))
         if wait:
             self.pause(RATE_LIMIT)
             self.rate_timer = self.loop.call_later(wait, self.resume, RATE_LIMIT)
 
     def _on_data(self, frame: Frame) -> None:
         """Give a message to the relay when its last frame is here."""
-        opcode = frame.opcode if self.opcode is None else self.opcode
+        opcode = frame.opcode if self.opcode is None else self.opcode  # of its first frame
         if not frame.fin:
             self.opcode = opcode
             self.fragments += frame.data
@@ -1326,7 +1315,7 @@ class Connection:
             data = bytes(self.fragments) + data
             self.opcode, self.fragments = None, bytearray()
         try:
-            text = data.decode() if opcode is TEXT else data
+            text = data.decode() if opcode is TEXT else data  # bytes are refused by the relay
             takeover = self.relay.receive(self.client, text)
             if takeover is not None:
                 self.pause(TAKEOVER)
@@ -1341,17 +1330,17 @@ class Connection:
 
     def pause(self, reason: str) -> None:
         """Stop processing input until `resume` is called for the same reason."""
-        self.paused_for |= {reason}
+        self.paused_for.add(reason)
 
     def resume(self, reason: str) -> None:
         """Process input again, unless there are other reasons not to."""
         if reason in self.paused_for:
-            self.paused_for -= {reason}
+            self.paused_for.remove(reason)
             if not self.paused_for:
                 self.process_input()
 
     def take_turn(self) -> None:
-        """Process the long message that waited for its turn."""
+        """Process the long message that waited for its turn, unless something else pauses it."""
         self.has_turn = True
         self.resume(TURN)
         self.has_turn = False
@@ -1381,7 +1370,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:
-                return  # the client is gone, which is noticed when reading
+                return  # the client is gone: reading notices that, or `is_reset`
             if data:
                 self.loop.add_writer(self.fd, self._on_writable)
         if data:
@@ -1392,10 +1381,11 @@ class Connection:
 
     def _on_writable(self) -> None:
         try:
-            del self.output[: self.sock.send(self.output)]
+            sent = self.sock.send(self.output)
+            del self.output[:sent]
         except (BlockingIOError, InterruptedError):
             return
-        except OSError:
+        except OSError:  # the client is gone
             self.output.clear()
         self._count_bytes()
         if not self.output:
@@ -1411,10 +1401,10 @@ class Connection:
 
     def keep_alive(self, now: float) -> None:
         """Ping a client that has been silent, or close it if it has not answered a ping."""
-        # While it is paused, its answer would not be read.
+        # While it is paused, its answer might not be read.
         if self.paused_for or not self.is_open:
             return
-        if self.last_pinged <= self.last_heard:
+        if self.last_pinged <= self.last_heard:  # no ping is unanswered
             self.last_pinged = now
             self.protocol.send_ping(b'')
             self.flush()
@@ -1423,21 +1413,15 @@ class Connection:
 
     # Closing.
 
-    def _start_deadline(self, seconds: float) -> None:
-        self.deadline.cancel()
-        self.deadline = self.loop.call_later(seconds, self.abort)
+    def _drop_after(self, seconds: float) -> None:
+        self.drop_timer.cancel()
+        self.drop_timer = self.loop.call_later(seconds, self.abort)
 
     def continue_closing(self, finished: bool) -> None:
         """After an upgrade, wait for the client's close frame or, if `finished`, its end."""
-        self._start_deadline(self.server.limits.close_timeout)
+        self._drop_after(self.server.limits.close_timeout)
         if finished:
             self._finish()
-
-    def _on_end_of_input(self) -> None:
-        """End the connection: all input was received and processed."""
-        self.protocol.receive_eof()
-        self.flush()
-        self._finish()
 
     def _finish(self) -> None:
         """End the stream after what is in `output`, and discard further input."""
@@ -1448,7 +1432,7 @@ class Connection:
             self.input.clear()
             self.fragments.clear()
             self._count_bytes()
-            self._start_deadline(self.server.limits.close_timeout)
+            self._drop_after(self.server.limits.close_timeout)
         self._end_if_done()
 
     def _end_if_done(self) -> None:
@@ -1460,30 +1444,31 @@ class Connection:
                     self.sock.shutdown(socket.SHUT_WR)
 
     def is_reset(self) -> bool:
-        """Return whether the connection is known to be lost although nothing is read from it."""
-        if not hasattr(socket, 'TCP_INFO'):
+        """Return whether the client has reset the connection, which an unread socket hides."""
+        if sys.platform != 'linux':
             return False
-        # The state is the first byte of the structure.
-        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE
+        # The first byte of the structure is the state; 7 is TCP_CLOSE.
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 7
 
     def abort(self) -> None:
-        """Close the socket at once and clean up. Does nothing the second time."""
+        """Close the socket at once and clean up; the client leaves the registry."""
         if self not in self.server.connections:
             return
         self.loop.remove_reader(self.fd)
         self.loop.remove_writer(self.fd)
         self.sock.close()
-        self.deadline.cancel()
+        self.drop_timer.cancel()
         if self.rate_timer is not None:
             self.rate_timer.cancel()
-        self.finished, self.paused_for = True, NOT_PAUSED
+        self.finished = True
+        self.paused_for.clear()
         for buffer in (self.input, self.fragments, self.output):
             buffer.clear()
         self._count_bytes()
-        self.protocol.receive_eof()
+        self.protocol.receive_eof()  # so that it has a `close_exc`
         self.server.forget(self)
         self.relay.on_close(self.client, self.protocol.close_exc)
-        self.protocol.__dict__.clear()
+        self.protocol.__dict__.clear()  # see CLOSED_PROTOCOL
         self.protocol = CLOSED_PROTOCOL
         del self.client  # which refers to this connection as well
         if not self.opened:
@@ -1496,7 +1481,7 @@ class Listener:
     def __init__(
         self,
         relay: RelayServer,
-        process_request: Callable[[Any, Request], Response | None],
+        process_request: Callable[[Connection, Request], Response | None],
         limits: Limits = Limits(),
         *,
         tls: ssl.SSLContext | None = None,
@@ -1507,14 +1492,14 @@ class Listener:
         self.loop = asyncio.get_running_loop()
         self.sockets: list[socket.socket] = []
         fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        # More than clients may connect: one that is turned away is connected, too.
         self.max_connections = max_connections or max(1, fds - RESERVED_FDS)
         self.accept_timer: asyncio.TimerHandle | None = None
         self.closed = asyncio.Event()
-        # Those that have been silent for longest are first. The value None makes a dict a set.
+        # A dict with values of None is an ordered set. Here, the silent for longest are first.
         self.connections = OrderedDict[Connection, None]()
         self.handshakes: dict[Connection, None] = {}
         self.buffer = memoryview(bytearray(RECEIVE_BUFFER))  # each read is copied out of it
-        self.unflushed: list[Connection] = []
         self.not_reading: dict[Connection, None] = {}  # paused, with a full input or output
         self.incomplete: dict[Connection, float] = {}  # since when only part of a message is here
         # Connections with a long message, which take turns, one at a time.
@@ -1527,14 +1512,14 @@ class Listener:
     async def listen(
         self, host: str, port: int, *, reuse_port: bool = False, inherited: Iterable[int] = ()
     ) -> Listener:
-        """Listen on inherited sockets, or else on each address of a host. Raises StartError."""
+        """Listen on inherited sockets, or on all addresses of a host. Raises StartError."""
         for fd in inherited:
             self.sockets.append(socket.socket(fileno=fd))
             self.sockets[-1].set_inheritable(False)
         try:
             if not self.sockets:
                 await self._open_sockets(host, port, reuse_port)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # ValueError: this cannot be the name of a host
             for sock in self.sockets:
                 sock.close()
             reason = getattr(error, 'strerror', None) or error
@@ -1547,7 +1532,7 @@ class Listener:
         addresses = await self.loop.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        for family, _, _, _, address in dict.fromkeys(addresses):
+        for family, _, _, _, address in dict.fromkeys(addresses):  # some are there twice
             self._open_socket(family, address, reuse_port)
 
     def _open_socket(self, family: int, address: Any, reuse_port: bool) -> None:
@@ -1556,7 +1541,7 @@ class Listener:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
+        if family == socket.AF_INET6:  # IPv4 has a socket of its own
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setblocking(False)
         limit_socket(sock)  # before the first connection, which inherits it
@@ -1583,14 +1568,14 @@ class Listener:
         for _ in range(ACCEPT_BATCH):
             full = len(self.connections) >= self.max_connections
             if full and not self.handshakes:
-                self._stop_accepting_for_now('too many connections')
+                self._pause_accepting('too many connections')
                 return
             try:
                 sock, address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._stop_accepting_for_now(str(error.strerror))
+                self._pause_accepting(str(error.strerror))
                 return
             if self.handshakes and (full or len(self.handshakes) >= MAX_HANDSHAKES):
                 # Most handshakes take less than a second: the oldest has probably stalled.
@@ -1598,27 +1583,13 @@ class Listener:
             sock.setblocking(False)
             Connection(self, sock, address)
 
-    def _stop_accepting_for_now(self, reason: str) -> None:
+    def _pause_accepting(self, reason: str) -> None:
         self.stop_accepting()
         self.accept_timer = self.loop.call_later(ACCEPT_RETRY, self.start_accepting)
         reason = f'{reason} ({len(self.connections)} are open)'
         self.relay.log_refusal('full', 'accept', 'new connections for now', reason)
 
     # Shared by the connections.
-
-    def flush_soon(self, connection: Connection) -> None:
-        """Flush a connection at the end of this turn of the loop: many messages in one write."""
-        if not self.unflushed:
-            self.loop.call_soon(self._flush)
-        self.unflushed.append(connection)
-
-    def _flush(self) -> None:
-        try:
-            while self.unflushed:
-                self.unflushed.pop().flush()
-        finally:
-            if self.unflushed:  # an error with one connection must not hold up the others
-                self.loop.call_soon(self._flush)
 
     def request_turn(self, connection: Connection) -> None:
         """Call `take_turn` of a connection after those that asked before."""
@@ -1634,8 +1605,8 @@ class Listener:
             self.turn_timer = None
             if self.turns:
                 # The rest of the relay gets as much time as the turn has taken.
-                pause = time.perf_counter() - began
-                self.turn_timer = self.loop.call_later(pause, self._next_turn)
+                delay = time.perf_counter() - began
+                self.turn_timer = self.loop.call_later(delay, self._next_turn)
 
     def count_bytes(self, connection: Connection, held: int) -> None:
         """Note how many bytes a connection buffers. Over the limit, close those with the most."""
@@ -1651,12 +1622,12 @@ class Listener:
                 largest.fail(1013, 'the relay is out of memory')
 
     def _sweep(self) -> None:
-        """Ping idle connections, close incomplete and lost ones; once a second."""
+        """Ping idle connections and close incomplete and lost ones, again and again."""
         interval = self.limits.ping_interval
         if not self.closed.is_set():
             self.loop.call_later(min(SWEEP_INTERVAL, (interval or 60) / 4), self._sweep)
         now = time.monotonic()
-        if interval:
+        if interval:  # `connections` and `incomplete` are in the order of these times
             idle = itertools.takewhile(lambda c: c.last_heard <= now - interval, self.connections)
             for connection in list(idle):
                 connection.keep_alive(now)
@@ -1698,14 +1669,15 @@ class Listener:
 # child process shows that the new code starts with these options. Then the state is written to a
 # file in memory, one JSON text per line, and the process executes the new code, which inherits all
 # sockets. Clients on ws:// stay connected. TLS connections are closed with 1012, because OpenSSL
-# cannot hand over its state. Handshakes are dropped.
+# cannot hand over its state. All this needs Linux.
 
 # How the state may change: a new key needs a default for states without it; older versions ignore
 # it. Any other change needs a new number: then the trial fails, and the relay needs a restart.
 STATE_VERSION = 1
-TRIAL, STATE_FD = 'RELAY_TRIAL', 'RELAY_STATE_FD'  # environment variables
+TRIAL = 'RELAY_TRIAL'  # environment variable of a trial: the STATE_VERSION of the running code
+STATE_FD = 'RELAY_STATE_FD'  # environment variable of an upgrade: the descriptor of the state
 UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
-CLIENT_STATE = 'name', 'user', 'address', 'response_type'  # handed over as they are
+CLIENT_STATE = ('name', 'user', 'address', 'response_type')  # handed over as they are
 
 
 async def block_signals() -> None:
@@ -1727,7 +1699,7 @@ async def try_new_code() -> None:
     """Run the new code until just before it would listen. Raises StartError if it fails."""
     pipe, devnull = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     environment = {**os.environ, TRIAL: str(STATE_VERSION)}
-    # The child inherits the blocked signals: `systemctl kill` sends USR2 to it as well.
+    # The child inherits that they are blocked: `systemctl kill` sends USR2 to it as well.
     await block_signals()
     child = await asyncio.create_subprocess_exec(
         *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
@@ -1735,7 +1707,7 @@ async def try_new_code() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
     ending = asyncio.ensure_future(child.communicate())
     try:
-        # Before Python 3.12, `wait_for` may ignore that the relay is to stop.
+        # Not `wait_for`: before Python 3.12, it may swallow the cancellation by a stop.
         await asyncio.wait({ending}, timeout=TRIAL_TIMEOUT)
         if not ending.done():
             raise StartError(f'the new version does not start within {TRIAL_TIMEOUT} s')
@@ -1754,10 +1726,7 @@ async def try_new_code() -> None:
 
 
 def is_trial() -> bool:
-    """Return whether this process only has to show that it starts, and say that it does.
-
-    Raises StartError if it could not take over the clients of the running version.
-    """
+    """Return whether this process only has to show that it starts. If so, print TRIAL."""
     state_version = os.environ.get(TRIAL)
     if state_version is None:
         return False
@@ -1768,7 +1737,7 @@ def is_trial() -> bool:
 
 
 async def prepare_upgrade(listeners: list[Listener]) -> int:
-    """Close or finish what cannot be handed over. Return how many clients were closed."""
+    """Close or finish what cannot be handed over. Return how many clients that closed."""
     relay = listeners[0].relay
     encrypted: list[Connection] = []
     for listener in listeners:
@@ -1787,14 +1756,13 @@ async def prepare_upgrade(listeners: list[Listener]) -> int:
     for client in list(relay._websocket_to_client.values()):
         if client.takeover is not None:
             client.takeover.cancel()  # the next holder of its UUID waits no longer
-    # From here on, signals wait for the new code. Meanwhile, takeovers and closings are completed.
+    # From here on, a stop waits for the new code. Meanwhile, takeovers and closings are completed.
     await block_signals()
     return sum(connection.opened for connection in encrypted)
 
 
-def save_connection(connection: Connection) -> dict[str, Any]:
-    """Return the state of a connection, which JSON can represent. Flushes the connection first."""
-    connection.flush()
+def connection_state(connection: Connection) -> dict[str, Any]:
+    """Return the state of a connection as values of JSON, for `restore_connection`."""
     client, backplane = connection.client, connection.relay.backplane
     timer = client.registration_timer
     data = bytes(connection.input)
@@ -1809,6 +1777,7 @@ def save_connection(connection: Connection) -> dict[str, Any]:
         'claim': None if backplane is None else backplane.claims.get(client),
         'fd': connection.sock.fileno(),
         'remote_address': connection.remote_address,
+        'opened': connection.opened,
         'is_open': connection.is_open,
         'finished': connection.finished,
         'input': base64.b64encode(data).decode(),
@@ -1819,26 +1788,28 @@ def save_connection(connection: Connection) -> dict[str, Any]:
 def execute_new_code(listeners: list[Listener], began: float, closed: int) -> None:
     """Write the state and execute the new code. Raises OSError if that fails."""
     relay, sockets = listeners[0].relay, [listener.sockets for listener in listeners]
-    connections = [c for c in listeners[0].connections if c.opened and c.tls is None]
+    for connection in list(listeners[0].connections):
+        connection.flush()  # which may close it
+    connections = [c for c in listeners[0].connections if c.tls is None]
     header = {
         'relay_version': __version__,
         'began': began,
         'closed': closed,
-        'sockets': [[sock.fileno() for sock in some] for some in sockets],
+        'sockets': [[sock.fileno() for sock in group] for group in sockets],
         'started': relay.started,
         'counts': relay.counts,
         'refusal_counts': relay.refusal_counts,
     }
     for sock in itertools.chain(*sockets, (c.sock for c in connections)):
         sock.set_inheritable(True)
-    memory = os.memfd_create('relay-state', 0)  # 0: the new code inherits it
+    memory = os.memfd_create('relay-state', 0)  # without MFD_CLOEXEC: the new code inherits it
     with open(memory, 'w+', encoding='utf-8') as file:
         file.write(json.dumps(header) + '\n')
         for connection in connections:
-            file.write(json.dumps(save_connection(connection)) + '\n')
+            file.write(json.dumps(connection_state(connection)) + '\n')
         file.seek(0)
         environment = {**os.environ, STATE_FD: str(file.fileno())}
-        os.execve(sys.executable, command_line(), environment)
+        os.execve(sys.executable, command_line(), environment)  # this does not return
 
 
 async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) -> None:
@@ -1849,11 +1820,12 @@ async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) 
         try:
             began = time.monotonic()
             await try_new_code()
-            notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
+            notify_reloading()
             closed = await prepare_upgrade(listeners)
             execute_new_code(listeners, began, closed)
         except Exception as error:
-            logger.error('Upgrade failed, keeping the running version: %s', error)
+            bug = not isinstance(error, (StartError, OSError))
+            logger.error('Upgrade failed, keeping the running version: %s', error, exc_info=bug)
             backplane = listeners[0].relay.backplane
             if backplane is not None:
                 backplane.start()
@@ -1867,24 +1839,28 @@ async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) 
 
 
 def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
-    """Continue a connection. Nothing is read from it until all of them are restored."""
+    """Continue a connection. Its input is not processed before all of them are restored."""
     sock = socket.socket(fileno=saved['fd'])
     sock.set_inheritable(False)
-    connection = Connection(listener, sock, tuple(saved['remote_address']), OPEN)
+    opened = saved.get('opened', True)  # older versions handed over no others
+    state = OPEN if opened else CONNECTING
+    connection = Connection(listener, sock, tuple(saved['remote_address']), state)
+    connection.input += base64.b64decode(saved['input'])
     try:
+        if not opened:
+            return
         client = connection.client
         for name in CLIENT_STATE:
             setattr(client, name, saved[name])
         client.uuid = None if saved['uuid'] is None else UUID(saved['uuid'])
         client.token_hash = bytes.fromhex(saved['token_hash'])
         connection.mark_open()
-        connection.input += base64.b64decode(saved['input'])
         connection.send_raw(base64.b64decode(saved['output']))
         if saved['is_open']:
             claim = None if saved['claim'] is None else Claim(*saved['claim'])
             listener.relay.readmit(client, saved['seconds_to_register'], claim)
         else:
-            connection.protocol.send_close()  # only for its state: the old code has sent a frame
+            connection.protocol.send_close()  # for its state; the old code has sent the frame
             connection.protocol.data_to_send()
             connection.continue_closing(saved['finished'])
     except Exception:
@@ -1983,14 +1959,17 @@ def process_metrics(relay: RelayServer) -> dict[str, float]:
 
 
 def expiry_of(certfile: str) -> float:
-    """Return when the first certificate in a PEM file expires, in seconds since 1970."""
+    """Return when a certificate expires, in s since 1970. Raises OSError and StartError."""
     with open(certfile, encoding='latin-1') as file:
         pem = file.read().partition('CERTIFICATE-----')[2].partition('-----END')[0]
-    # The standard library reads certificates only after it has verified them. A certificate has
-    # two dates, its first and last day, as UTCTime or GeneralizedTime (RFC 5280, section 4.1.2.5).
-    dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
-    end = (b'20' + dates[1])[-14:].decode()
-    return datetime.datetime.strptime(f'{end}+0000', '%Y%m%d%H%M%S%z').timestamp()
+    # The standard library does not parse certificates it has not verified. The first two dates of
+    # one are its first and last day (RFC 5280, section 4.1.2.5); those after 17 0d lack a century.
+    try:
+        dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
+        end = (b'20' + dates[1])[-14:].decode()
+        return datetime.datetime.strptime(f'{end}+0000', '%Y%m%d%H%M%S%z').timestamp()
+    except (ValueError, IndexError) as error:
+        raise StartError(f'{certfile}: cannot tell when the certificate expires') from error
 
 
 def notify(*states: str) -> None:
@@ -2005,19 +1984,25 @@ def notify(*states: str) -> None:
         sock.send('\n'.join(states).encode())
 
 
-def beat(relay: RelayServer) -> None:
+def notify_reloading() -> None:
+    """Tell systemd that a reload or an upgrade has begun; it ends with READY=1."""
+    notify('RELOADING=1', f'MONOTONIC_USEC={time.monotonic_ns() // 1000}')
+
+
+def send_status(relay: RelayServer) -> None:
     """Send systemd a sign of life and the status line, twice in each watchdog period."""
     clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
     uptime = datetime.timedelta(seconds=int(time.time() - relay.started))
     status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
     notify('WATCHDOG=1', status)
     usec = os.environ.get('WATCHDOG_USEC', '')
+    # Without a watchdog (or with a wrong period), the status line is sent twice a minute.
     period = int(usec) / 1_000_000 if usec.isdecimal() and len(usec) < 16 else 60
-    asyncio.get_running_loop().call_later(max(period, 0.02) / 2, beat, relay)
+    asyncio.get_running_loop().call_later(max(period, 0.02) / 2, send_status, relay)
 
 
 class LogFormatter(logging.Formatter):
-    """Formats a line for a file or a terminal; the time only once a second, to be fast."""
+    """Formats a line for a file or a terminal. For speed, it keeps the time of the last second."""
 
     cached_second, cached_time = 0, ''
 
@@ -2030,7 +2015,7 @@ class LogFormatter(logging.Formatter):
 
 
 class JournalFormatter(logging.Formatter):
-    """Formats a line for the journal: after its level, without the time."""
+    """Formats a line for the journal, which adds the time: the level comes first."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as one or more lines."""
@@ -2047,15 +2032,13 @@ def is_journal() -> bool:
 
 
 def configure_logging(log_dir: str | None, level: str) -> None:
-    """Log to standard output and, if a folder is given, to server.log in it.
-
-    Raises StartError if the file cannot be written.
-    """
+    """Log to standard output and, if given, to a folder. Raises StartError if that fails."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if log_dir is not None:
         path = os.path.join(log_dir, 'server.log')
         try:
             os.makedirs(log_dir, exist_ok=True)
+            # A new file begins when Sunday ends; the old ones are kept.
             handlers.append(logging.handlers.TimedRotatingFileHandler(path, 'W6'))
         except OSError as error:
             raise StartError(f'cannot log to {path}: {error.strerror}') from error
@@ -2079,15 +2062,17 @@ def configure_logging(log_dir: str | None, level: str) -> None:
 #
 # Connects clients of different relays over NATS. Nothing here runs without --nats. The subjects:
 #   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes, which
-#       no JSON text contains. Relays subscribe as a queue group, so NATS asks only one. It replies
-#       for each message, separated by commas: nothing, or a key of FORWARD_ERRORS.
-#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]]} goes to all. With
-#       "upgrading": true, the sender's clients will soon be back.
-# Relays ignore new keys and new items of a claim, and treat a new verdict as "disconnected". Any
-# other change needs a new version, which all relays must know before the first one uses it.
+#       no JSON text contains. Relays subscribe as a queue group, so NATS asks only one. The reply
+#       is a verdict on each message, separated by commas: empty, or a key of FORWARD_ERRORS.
+#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]]} goes to all. The
+#       stamp is in ns, the age in s. With "upgrading": true, the sender's clients will be back.
+# Relays trust each other. They ignore new keys and new items of a claim, and treat a new verdict
+# as "disconnected". Any other change needs a new version, which all relays must know before the
+# first one uses it.
 
 
 def _import_nats(credentials: str | None) -> Any:
+    """Return the package nats. Raises StartError if that or the credentials are missing."""
     try:
         nats: Any = importlib.import_module('nats')
         if credentials:
@@ -2102,16 +2087,28 @@ def _import_nats(credentials: str | None) -> Any:
     except OSError as error:
         raise StartError(f'cannot read {credentials}: {error.strerror}') from error
     logging.getLogger('nats').setLevel(logging.CRITICAL)  # all that matters reaches `_on_error`
-    # gh-136234, Python 3.12 to 3.14.0: writelines() on a lost connection may mute a later client.
+    # gh-136234, Python 3.12 to 3.14.0: writelines() after a loss may mute a later connection.
     nats.aio.transport.TcpTransport.writelines = lambda self, data: self.write(b''.join(data))
     return nats
+
+
+class InFlight(NamedTuple):
+    """A message that was not answered by another relay yet."""
+
+    client: Client  # the sender
+    message: PeerConnection
+    data: bytes  # its text
+
+    def memory(self) -> int:
+        """Return about how many bytes of memory it takes."""
+        return MESSAGE_COST + len(self.data) + sum(map(sys.getsizeof, vars(self.message).values()))
 
 
 class Backplane:
     """A relay's connection to the other relays, and everything it has in flight there.
 
-    Each client has a claim, and a subscription of the present connection. Messages to each peer
-    wait in a queue. Its task sends a batch and waits for the verdicts, one for each message.
+    Each client has a claim and, while NATS is connected, a subscription. Messages to a peer wait
+    in a queue, whose task sends them in batches and waits for the verdicts.
     """
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
@@ -2123,11 +2120,12 @@ class Backplane:
         self.claims: dict[Client, Claim] = {}
         self.clients: dict[str, Client] = {}  # those in `claims`, by subject
         self.subscriptions: dict[Client, Any] = {}
-        self.changed: set[Client] = set()  # to subscribe and claim next, or to unsubscribe
+        # Those in `claims` are to be claimed and, unless they are, subscribed. The rest has left.
+        self.changed: set[Client] = set()
         self.updating = asyncio.Lock()
         self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
-        self.queues: dict[tuple[str, UUID], deque[tuple[Client, bytes]]] = {}  # by user and UUID
-        self.in_flight = 0  # bytes in all queues
+        self.queues: dict[tuple[str, UUID], deque[InFlight]] = {}  # by user and UUID
+        self.in_flight_bytes = 0  # in all queues
         self.tasks: set[asyncio.Future[None]] = set()  # cancelled when the connection has failed
         self.running = asyncio.ensure_future(self._run())
 
@@ -2159,23 +2157,27 @@ class Backplane:
                 # Again at the second beat: by then, all NATS servers know that this relay listens.
                 if beat == 1 or beat % CLAIM_BEATS == 0:
                     self._start(self._update, self.claims)
-                self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)
+                self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)  # fails if it is lost
                 await asyncio.sleep(NATS_HEARTBEAT)
         finally:
-            # nats-py 2.16: its flusher may fail; close() may last long, and leave tasks running.
-            flusher = filter(None, [getattr(self.nats, '_flusher_task', None)])
-            closing: Any = asyncio.gather(self.nats.close(), *flusher, return_exceptions=True)
-            try:
-                await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
-            finally:  # also if it is cancelled
-                writer = getattr(getattr(self.nats, '_transport', None), '_io_writer', None)
-                if writer is not None:  # a frozen server would never read the rest
-                    writer.transport.abort()
-                for subscription in list(getattr(self.nats, '_subs', {}).values()):
-                    subscription._stop_processing()
-                for task in self.tasks:
-                    task.cancel()
-            await asyncio.wait({closing, *self.tasks}, timeout=NATS_REQUEST_TIMEOUT)
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        """Close the connection, and cancel all tasks that use it."""
+        # nats-py 2.16: its flusher may fail; close() may last long, and leave tasks running.
+        flusher = getattr(self.nats, '_flusher_task', None) or asyncio.sleep(0)
+        closing: Any = asyncio.gather(self.nats.close(), flusher, return_exceptions=True)
+        try:
+            await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
+        finally:  # also if it is cancelled
+            writer = getattr(getattr(self.nats, '_transport', None), '_io_writer', None)
+            if writer is not None:  # a frozen server would never read the rest
+                writer.transport.abort()
+            for subscription in list(getattr(self.nats, '_subs', {}).values()):
+                subscription._stop_processing()
+            for task in self.tasks:
+                task.cancel()
+        await asyncio.wait({closing, *self.tasks}, timeout=NATS_REQUEST_TIMEOUT)
 
     def _start(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
         task = asyncio.ensure_future(self._log_errors(work, *args))
@@ -2183,16 +2185,17 @@ class Backplane:
         task.add_done_callback(self.tasks.discard)
 
     async def _log_errors(self, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        try:  # called only here: a task that is cancelled before it starts leaves no coroutine
+        try:  # called only here: a task cancelled before its start would leave a coroutine behind
             return await work(*args)
         except Exception as error:
             await self._on_error(error)
 
     async def _on_error(self, error: Exception) -> None:
         """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
-        # nats-py 2.16 puts its name before texts, quotes subjects, and asserts to be connected.
+        # nats-py 2.16: many texts begin with its name, and some quote a subject at the end.
         text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '")
         text = text or type(error).__name__
+        # AssertionError: nats-py is not connected any more.
         faults = self.library.errors.Error, OSError, asyncio.TimeoutError, AssertionError
         if not isinstance(error, faults):
             logger.error('Internal error while using NATS', exc_info=error)
@@ -2202,7 +2205,7 @@ class Backplane:
             logger.warning('NATS: %s%s', text, lost)
 
     async def close(self, upgrading: bool = False) -> None:
-        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS."""
+        """Finish what is in flight, for up to DRAIN_TIMEOUT, and leave NATS; 4 s at most."""
         if upgrading and self.connected:
             notice = json.dumps({'version': 1, 'claims': [], 'upgrading': True})
             self._start(self.nats.publish, 'relay.claims', notice.encode())
@@ -2210,11 +2213,14 @@ class Backplane:
             self._start(subscription.drain)
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=DRAIN_TIMEOUT)
-        while works := [work for work in (self.running, *self.tasks) if not work.done()]:
+        for _ in range(6):  # nats-py 2.16 may take a cancellation for one of its own
             await asyncio.sleep(0)  # a task that is cancelled before it starts would do nothing
-            for work in works:  # again and again: nats-py may take it for one of its own
+            works = [work for work in (self.running, *self.tasks) if not work.done()]
+            if not works:
+                return
+            for work in works:
                 work.cancel()
-            await asyncio.wait(works, timeout=2 * NATS_HEARTBEAT)
+            await asyncio.wait(works, timeout=NATS_HEARTBEAT)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
@@ -2231,6 +2237,7 @@ class Backplane:
         """Subscribe and claim clients in batches, and unsubscribe those that have left."""
         if not self.connected:
             return
+        # Of this connection: the next one has others.
         nats, subscriptions, batch = self.nats, self.subscriptions, []
         self.changed.update(clients)
         async with self.updating:
@@ -2263,65 +2270,66 @@ class Backplane:
             if subject in self.clients:
                 client = self.clients[subject]
                 own = self.claims[client]
-                if (stamp, claim_id) > own[:2] and now - age >= own.since:
+                if (stamp, claim_id) > own[:2] and now - age >= own.since:  # and it is younger
                     self.relay.displace(client, f'{address} (on another relay)')
-                elif claim_id != own.id:  # it would be the same from before an upgrade
+                elif claim_id != own.id:  # it has the same id if it is from before an upgrade
                     self.claims[client] = own._replace(stamp=max(own.stamp, stamp + 1))
                     self._start(self._update, [client])
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message or return why not. What another relay refuses is sent back later."""
-        key, size = (client.user, message.peer_uuid), len(data) + MESSAGE_COST
+        key, sent = (client.user, message.peer_uuid), InFlight(client, message, data)
         queue = self.queues.get(key, deque())
-        if not self.connected or self.in_flight + size > MAX_IN_FLIGHT:
+        if not self.connected or self.in_flight_bytes + sent.memory() > MAX_IN_FLIGHT:
             return 'disconnected'
         if len(data) > self.nats.max_payload:
             return 'too_long'
-        if queue and sum(len(text) + MESSAGE_COST for _, text in queue) + size > MAX_BACKLOG:
+        if queue and sum(len(other.data) + MESSAGE_COST for other in (*queue, sent)) > MAX_BACKLOG:
             return 'backlog'
         if key not in self.queues:
             self.queues[key] = queue
             self._start(self._send_queue, key, queue)
-        queue.append((client, data))
-        self.in_flight += size
+        queue.append(sent)
+        self.in_flight_bytes += sent.memory()
         return None
 
-    async def _send_queue(self, key: tuple[str, UUID], queue: deque[tuple[Client, bytes]]) -> None:
+    async def _send_queue(self, key: tuple[str, UUID], queue: deque[InFlight]) -> None:
+        """Send messages until there are no more, and send back those that were not delivered."""
         while queue:
             verdicts: list[str] | None = None
             with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
                 verdicts = await self._log_errors(self._send_batch, _subject(*key), queue)
             # After a failure, a batch may still arrive: nothing is sent that could overtake it.
             for kind in verdicts or ['disconnected'] * len(queue):
-                client, data = queue.popleft()
-                self.in_flight -= len(data) + MESSAGE_COST
-                if kind and client.link.is_open:
-                    message: Any = decode(data.decode())
-                    self.relay.send_back(client, message, kind)
+                sent = queue.popleft()
+                self.in_flight_bytes -= sent.memory()
+                if kind and sent.client.link.is_open:
+                    self.relay.send_back(sent.client, sent.message, kind)
         del self.queues[key]
 
-    async def _send_batch(self, subject: str, queue: Iterable[tuple[Client, bytes]]) -> list[str]:
-        """Return verdicts on the first messages. Tries again while none can have arrived."""
+    async def _send_batch(self, subject: str, queue: Iterable[InFlight]) -> list[str]:
+        """Send the first messages, and return the verdicts. Tries again while none has arrived."""
         # As many as fit into one request, with a NUL byte between them.
-        ends = itertools.accumulate(len(data) + 1 for _, data in queue)
-        batch = [data for (_, data), end in zip(queue, ends) if end <= self.nats.max_payload + 1]
+        ends = itertools.accumulate(len(sent.data) + 1 for sent in queue)
+        batch = [sent.data for sent, end in zip(queue, ends) if end - 1 <= self.nats.max_payload]
         for attempt in range(int(NATS_REQUEST_TIMEOUT / SUBSCRIPTION_PROPAGATION)):
             with contextlib.suppress(self.library.errors.NoRespondersError):
                 reply = await self.nats.request(subject, b'\0'.join(batch), NATS_REQUEST_TIMEOUT)
                 verdicts: list[str] = reply.data.decode(errors='replace').split(',')
                 if len(verdicts) != len(batch) or not {'', *FORWARD_ERRORS}.issuperset(verdicts):
                     raise ConnectionError('another relay gave a verdict not known here')
-                # A relay says 'unknown_peer' if it has just lost the client to another.
+                # A relay says 'unknown_peer', to all, if it has just lost the client to another.
                 if verdicts[0] != 'unknown_peer':
                     self.relay.counts['remote_messages'] += verdicts.count('')
                     return verdicts
-            if attempt > 0 and time.monotonic() > self.upgrade_ends:
+            if attempt > 0 and time.monotonic() > self.upgrade_ends:  # or else, try again
                 self.relay.counts['remote_unknown'] += len(batch)
                 return ['unknown_peer'] * len(batch)
             await asyncio.sleep(SUBSCRIPTION_PROPAGATION)
         raise self.library.errors.TimeoutError
 
     async def _on_request(self, user: str, uuid: Any, message: Any) -> None:
+        """Deliver what another relay forwards, and reply with the verdicts."""
         verdicts = [self.relay.deliver(user, uuid, data) for data in message.data.split(b'\0')]
         await message.respond(','.join(kind or '' for kind in verdicts).encode())
         if not self.connected:  # nats-py 2.16 may have ignored a cancellation, and would go on
@@ -2351,9 +2359,10 @@ async def serve(
 ) -> None:
     """Serve a relay until SIGINT or SIGTERM. SIGHUP reloads its files, SIGUSR2 upgrades it.
 
-    Raises StartError if a file cannot be used or if it cannot listen on an address.
+    Handles these signals, so it has to run in the main thread. `nats` are URLs of NATS servers.
+    Raises StartError if a file or package cannot be used, or if it cannot listen on an address.
     """
-    # Threads that look up names block these signals: during an upgrade, they must stay pending.
+    # Names are looked up in threads, which must not receive a signal that is blocked elsewhere.
     block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, UPGRADE_SIGNALS)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block))
     relay = relay or RelayServer()
@@ -2363,7 +2372,7 @@ async def serve(
     if nats:
         relay.backplane = Backplane(relay, nats, nats_credentials)
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
-    if is_trial():
+    if is_trial():  # what can fail without a network has not
         return
     handover = receive_handover()
     listeners = await _listen(relay.listener, host, port, metrics_port, handover)
@@ -2379,13 +2388,12 @@ async def _listen(
     inherited = [(), ()] if handover is None else handover.header['sockets']
     # Several relays of one machine can share a port if NATS links them.
     shared = relay.backplane is not None
-    scrapes = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
     try:
         await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
         if metrics_port is None:
             return [clients]
-        await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])
-        return [clients, scrapes]
+        scrapes = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
+        return [clients, await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])]
     except StartError:
         if relay.backplane is not None:  # nats-py may ignore the cancellation by asyncio.run
             await relay.backplane.close()
@@ -2408,20 +2416,20 @@ async def _run_until_stopped(
         handover.restore(listeners[0])
     else:
         _log_start(listeners)
-    beat(listeners[0].relay)
+    send_status(listeners[0].relay)
     notify('READY=1')
     await stop.wait()
     upgrading.cancel()
     await asyncio.wait({upgrading})
     await _stop(listeners)
-    # Their handlers end with the loop: until the process exits, another signal must not kill it.
+    # The loop takes its handlers along: until the process exits, another signal must not kill it.
     signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
 
 
 def _log_start(listeners: list[Listener]) -> None:
-    for what, listener in zip(('relay server', 'metrics'), listeners):
+    for service, listener in zip(('relay server', 'metrics'), listeners):
         for sock in listener.sockets:
-            logger.info('Serving %s on %s', what, address_of(sock.getsockname()))
+            logger.info('Serving %s on %s', service, address_of(sock.getsockname()))
     if listeners[0].relay.tokens is None:
         logger.warning('No --token-file: anyone who can reach this relay can use it')
 
@@ -2466,8 +2474,8 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
 
 # ------------------------------------------------------------------------------- Check
 #
-# `relay.py --check URL`: two clients exchange an offer and an answer through a running relay. Only
-# the wire protocol is used, so the relay can be any: this one, ProxyStore's, one behind a proxy.
+# `relay.py --check URL`: two clients exchange an offer and an answer through a running relay. It
+# works with ProxyStore's relays, too.
 
 STATUS_HINTS = {  # where to look if this HTTP status is received in place of a WebSocket
     401: 'check the token in the address, and --token-file',
@@ -2521,7 +2529,7 @@ def explain(error: Exception) -> str:
         return f'connected, but no answer within {CHECK_TIMEOUT} s; check that it is a relay'
     if isinstance(error, StartError):
         return str(error)
-    # Other errors may quote the address, with its token.
+    # Other errors, such as InvalidURI, may quote the address with its token.
     known = isinstance(error, (OSError, EOFError, InvalidHandshake))
     reason = str(error) if known else type(error).__name__
     return f'{reason}; check the address, ws:// or wss://, and that the relay is running'
@@ -2658,8 +2666,7 @@ def _run_check(urls: list[str]) -> None:
 
 def _run_relay(options: argparse.Namespace) -> None:
     configure_logging(options.log_dir, options.log_level)
-    # The usual limit of 1,024 open files is the first limit a relay hits. (macOS refuses to
-    # raise it to what it says is possible.)
+    # The usual limit of 1,024 open files is the first that a relay hits. (macOS may refuse this.)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -443,7 +443,7 @@ async def test_a_dead_socket_does_not_keep_its_uuid_from_the_next():
 @takeover_codes
 @both_ways
 async def test_the_last_of_three_to_register_holds_the_uuid(generation, code, monkeypatch, caplog):
-    monkeypatch.setattr(relay, 'FIGHT', 1)
+    monkeypatch.setattr(relay, 'FLAP_COUNT', 1)
     async with relay_with(A) as (server, first):
         async with connected(server) as second, connected(server) as third:
             stall(first)
@@ -804,11 +804,11 @@ async def test_clients_that_displace_each_other_are_one_warning_an_interval(capl
     with logged(caplog) as lines:
         async with running_relay() as server:
             for expected in (1, 2):
-                for _ in range(3 * relay.FIGHT):
+                for _ in range(3 * relay.FLAP_COUNT):
                     async with registered(server, A) as one, registered(server, A):
                         await one.closed_with()
                 assert ''.join(lines()).count('again and again') == expected
-                server._takeovers_since -= relay.FIGHT_INTERVAL + 1
+                server._takeovers_since -= relay.FLAP_INTERVAL + 1
     log = '\n'.join(lines())
     addresses = re.findall(r'Registered .* at (\S+)\)', log)
     form = rf'UUID {A} is registered again and again by (\S+) and (\S+);.*new UUID'
@@ -1823,7 +1823,7 @@ def test_the_watchdog_is_notified_twice_in_its_period(usec, delay, monkeypatch):
     loop = SimpleNamespace(call_later=lambda delay, *_: periods.append(delay))
     monkeypatch.setattr(relay, 'asyncio', SimpleNamespace(get_running_loop=lambda: loop))
     monkeypatch.setenv('WATCHDOG_USEC', usec)
-    relay.beat(RelayServer())
+    relay.send_status(RelayServer())
     assert periods == [delay]
 
 
@@ -1876,7 +1876,7 @@ async def test_the_status_is_a_line_for_people(seconds, span, monkeypatch):
     server = RelayServer()
     server.counts['forwarded_messages'] = 3456
     server.started -= seconds
-    relay.beat(server)
+    relay.send_status(server)
     assert told[1] == f'STATUS=0 clients, 3,456 messages forwarded, up {span}'
 
 
