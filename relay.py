@@ -961,8 +961,8 @@ def limit_socket(sock: Any) -> None:
 # ends after the output. `abort` closes the socket: when both streams have ended, when a timer runs
 # out, or after a reset.
 #
-# Processing is paused for these reasons. A paused connection still receives up to RECEIVE_BUFFER
-# bytes, and notices its end. What it received before is processed, unless its end is a reset.
+# Processing is paused for these reasons. A paused connection is read until RECEIVE_BUFFER bytes
+# wait, and notices its end. What it received before is processed, unless its end is a reset.
 
 RATE_LIMIT = 'rate limit'  # until the client's next message is within the rate (a timer)
 TAKEOVER = 'takeover'  # until the previous holder of its UUID has closed (a future)
@@ -1052,9 +1052,9 @@ class Connection:
         # `server` and `respond` are the names of websockets, for `process_request`.
         self.server, self.relay, self.loop = server, server.relay, server.loop
         self.sock, self.fd, self.remote_address = sock, sock.fileno(), address
-        self.protocol = ServerProtocol(
-            origins=limits.origins, max_size=limits.max_size, state=state
-        )
+        # websockets counts a ping of 125 bytes between fragments as one of them.
+        size = limits.max_size + 125
+        self.protocol = ServerProtocol(origins=limits.origins, max_size=size, state=state)
         self.tls = TlsSession(server.tls) if server.tls is not None else None
         self.client = Client('', None, self, self)
         self.input, self.output = bytearray(), bytearray()

@@ -273,10 +273,6 @@ async def before_mark(sender, receiver):
     return heard
 
 
-def stall(peer):
-    peer.stall()
-
-
 async def fill_backlog(sender, uuid, letter='x'):
     """Send to a peer until the relay refuses, and return the refusal."""
     message = sender.offer(uuid, description=letter * (2**19 // len(letter.encode())))
@@ -592,15 +588,6 @@ async def test_a_new_client_receives_its_response_first():
 # ------------------------------------------------------------------------------- Endings
 
 
-@contextlib.contextmanager
-def logged(caplog, level='DEBUG'):
-    """Collect what is logged; neither an ERROR nor a traceback may be among it."""
-    with caplog.at_level(level):
-        yield lambda: [r.getMessage() for r in caplog.records if r.name == 'relay']
-    for record in caplog.records:
-        assert record.levelno < logging.ERROR and not record.exc_info, record.getMessage()
-
-
 @pytest.fixture
 def log(caplog):
     """Return a function that returns the logged lines with a word.
@@ -681,6 +668,11 @@ async def test_unregister_closes_the_connection(expected, code, embedded):
         assert await peer.closed_with() == code
         await server.unregister(websocket, expected)
         assert not server._uuid_to_client
+
+
+async def test_a_message_to_a_closed_connection_is_dropped():
+    async with running_relay() as server:
+        await server.send(object(), ServerResponse())
 
 
 async def test_connect_forwards_a_message_that_came_without_a_text(embedded):
@@ -1038,7 +1030,7 @@ async def test_a_signal_closes_all_connections_and_stops_the_relay(signals, secu
 async def test_a_client_that_neither_reads_nor_closes_does_not_delay_the_stop():
     async with running(STOP_TIMEOUT=0.1) as program:
         async with registered(program, A) as peer:
-            stall(peer)
+            peer.stall()
             program.child.terminate()
             # Otherwise, a client has ten seconds to close, longer than this test may take.
             await program.ends()
@@ -1172,12 +1164,6 @@ def basic(text):
     return authorization('Basic ' + base64.b64encode(text).decode())
 
 
-def within(server, userinfo='', query=''):
-    """Return the relay with a token in its URL."""
-    url = server.url.replace('://', f'://{userinfo}') + query
-    return SimpleNamespace(url=url)
-
-
 @each(
     'options, userinfo, query, user',
     (bearer('a1'), '', '', 'alice'),
@@ -1194,6 +1180,15 @@ async def test_a_token_identifies_the_user(tokens, options, userinfo, query, use
         url = server.url.replace('://', f'://{userinfo}') + query
         async with registered(url, A, **options):
             assert holder(server, A, user)
+
+
+async def test_a_token_in_the_path_may_contain_a_plus(tmp_path):
+    path = tmp_path / 'tokens'
+    path.touch(0o600)
+    path.write_text('alice:a+b')
+    async with running_relay(tokens=path) as server:
+        async with registered(f'{server.url}?token=a+b', A):
+            assert holder(server, A, 'alice')
 
 
 NOT_A_TOKEN = [
@@ -1315,6 +1310,7 @@ async def test_the_address_that_a_proxy_adds_is_logged(log):
 TOKEN_FILES = {
     'line 1: not in the form': [b'alice', b':a1', b'alice:', b'alice:a 1', b'alice:a\x1b1'],
     'line 3: not in the form': [b'# x\nalice:a1\nbob b1'],
+    'line 1: a token must consist of ASCII': ['alice:\u00e9'.encode()],
     'line 2: this token belongs to another user': [b'alice:a1\nbob:a1'],
     'no line in the form user:token': [b'', b'# alice:a1\n\n'],
     'cannot read': [b'alice:\xff', None],
@@ -1539,6 +1535,16 @@ def refused(kind):
     return f'relay_refusals_total{{reason="{kind}"}}'
 
 
+async def test_a_handshake_that_completes_while_the_relay_stops_is_closed_with_1001(security):
+    async with running_relay(security[0]) as server:
+        async with wired(server, security[1], opened=False) as wire:
+            await wire.send_and_wait(HANDSHAKE[:60])
+            server.listener.close()
+            wire.send(HANDSHAKE[60:])
+            await wire.welcomed()
+            assert await wire.frame() == (CLOSE, code_of(1001))
+
+
 async def test_the_health_of_a_stopping_relay_is_503():
     async with running_relay() as server, wired(server, opened=False) as wire:
         server.listener.close()
@@ -1612,7 +1618,7 @@ async def test_refused_messages_are_counted_by_reason():
             with moves(server, refused(kind)):
                 await peer.ask(message)
         async with registered(server, B) as other:
-            stall(other)
+            other.stall()
             with moves(server, refused('backlog')):
                 await fill_backlog(peer, B)
             other.websocket.transport.abort()
@@ -1875,7 +1881,7 @@ async def test_an_upgrade_keeps_incomplete_messages(upgradable):
         begun = []
         for cuts, pings, count in BEGUN.values():
             wire = await (await stack.enter_async_context(wired(program))).register()
-            offer = wire.peer.offer(wire.peer.uuid, description='x' * 99 + '\u00e9' * 99)
+            offer = wire.offer(wire.uuid, description='x' * 99 + '\u00e9' * 99)
             frames = fragmented(json.dumps(offer, ensure_ascii=False).encode(), cuts)
             frames[1:1] = [frame_of(PING)] * pings
             wire.send(b''.join(frames)[:count])
@@ -1911,7 +1917,7 @@ async def test_an_upgrade_does_not_restart_the_time_to_register(upgradable):
         began = time.monotonic()
         async with wired(program) as late, wired(program) as early, wired(program) as displaced:
             await displaced.register()
-            async with registered(program, displaced.peer.uuid):
+            async with registered(program, displaced.uuid):
                 pass
             program.constants['REGISTER_TIMEOUT'] = 300  # if it were to begin again
             limit = 'close_timeout: float = 10', 'close_timeout: float = 0.1'
@@ -1935,7 +1941,7 @@ async def unread(program, sender, texts):
     async with wired(program, narrow=True) as slow:
         await slow.register()
         slow.stall()
-        offers = [sender.offer(slow.peer.uuid, description=text) for text in texts]
+        offers = [sender.offer(slow.uuid, description=text) for text in texts]
         for offer in offers:
             await sender.say(offer)
         await sender.ask(sender.offer(sender.uuid))  # which is handled after these
@@ -1950,14 +1956,14 @@ async def test_clients_that_do_not_read_get_their_messages_and_their_codes(upgra
             async with all_of(unread(program, sender, texts) for _ in range(4)) as clients:
                 *closing, (slow, kept) = clients
                 displaced, invalid, long = (wire for wire, _ in closing)
-                new.send(said(displaced.peer.registration()))
+                new.send(said(displaced.registration()))
                 invalid.send(frame_of(3))
                 long.send(frame_of(TEXT, length=2**21))
                 await until_read(program)
                 assert (await program.samples())['relay_buffered_bytes'] > 500_000
                 assert (await program.upgrade()).endswith(': 3 clients kept, 0 closed')
                 assert (await program.samples())['relay_buffered_bytes'] > 500_000
-                assert await new.hear() == displaced.peer.response()
+                assert await new.hear() == displaced.response()
                 for (wire, offers), code in zip(closing, (1001, 1002, 1009)):
                     wire.writer.transport.resume_reading()
                     assert [await wire.hear() for _ in offers] == offers
@@ -1968,10 +1974,10 @@ async def test_clients_that_do_not_read_get_their_messages_and_their_codes(upgra
                     wire.finish()
                 while (await program.samples())['relay_open_connections'] > 3:
                     pass
-                await sender.say(last := sender.offer(slow.peer.uuid))
+                await sender.say(last := sender.offer(slow.uuid))
                 slow.writer.transport.resume_reading()
                 assert [await slow.hear() for _ in range(11)] == [*kept, last]
-                await sender.say(offer := sender.offer(displaced.peer.uuid))
+                await sender.say(offer := sender.offer(displaced.uuid))
                 assert await new.hear() == offer
 
 
@@ -1994,25 +2000,30 @@ async def test_what_clients_do_during_an_upgrade_is_handled_after_it(upgradable)
             contextlib.AsyncExitStack() as stack,
         ):
             ended, reset, closing = [await wire.register() for wire in wires]
+            early = await stack.enter_async_context(wired(program, opened=False))
+            early.send(HANDSHAKE[:60])
+            await until_read(program)
             async with program.gap(RESTORING):
                 await one.say(offer := one.offer(other.uuid))
+                early.send(HANDSHAKE[60:], said(early.registration()))
                 ended.finish()
                 reset.reset()
                 closing.send(frame_of(CLOSE, code_of(1000)))
                 newcomer = asyncio.ensure_future(open_websocket(program.url))
                 hasty = await stack.enter_async_context(wired(program, opened=False))
-                hasty.send(HANDSHAKE, said(hasty.peer.registration()))
+                hasty.send(HANDSHAKE, said(hasty.registration()))
             assert await other.hear() == offer
             assert (await closing.end())[1] == 1000
             closing.finish()
             for wire in wires:
-                await program.logs(f'Unregistered {wire.peer.uuid}')
+                await program.logs(f'Unregistered {wire.uuid}')
             async with await newcomer as websocket:
                 peer = Peer(websocket, B)
                 assert await peer.ask(peer.registration()) == peer.response()
                 await exchange(one, peer)
-            await hasty.welcomed()
-            assert await hasty.hear() == hasty.peer.response()
+            for wire in (early, hasty):
+                await wire.welcomed()
+                assert await wire.hear() == wire.response()
 
 
 async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(upgradable):
@@ -2109,7 +2120,10 @@ WRONG = [
 
 async def test_an_upgrade_that_fails_changes_nothing(upgradable, tokens):
     # With this file, an upgrade fails at its last step.
-    vain = "        if os.path.exists('vain'):\n            raise OSError('vain')\n"
+    vain = """        if os.path.exists('vain'):
+            with open('vain') as code:
+                exec(code.read())
+"""
     edits = [('        os.execve(', f'{vain}        os.execve(')]
     options, token = ('--rate', 500, '--token-file', tokens), bearer('a1')
     async with upgradable(*options, edits=edits) as program, pair_of(program, **token) as pair:
@@ -2129,9 +2143,11 @@ async def test_an_upgrade_that_fails_changes_nothing(upgradable, tokens):
             version = f'version="{relay.__version__}"'
             assert any(version in name for name in await program.samples())
             path.write_text(right)
-        (program.folder / 'vain').touch()
-        line = await program.signal(signal.SIGUSR2, ' ERROR ')
-        assert line == 'Upgrade failed, keeping the running version: vain'
+        for code, reason in (("raise OSError('vain')", 'vain'), ('1 / 0', 'division by zero')):
+            (program.folder / 'vain').write_text(code)
+            line = await program.signal(signal.SIGUSR2, ' ERROR ')
+            assert line == f'Upgrade failed, keeping the running version: {reason}'
+        assert len(program.lines('Traceback')) == 1  # a bug is more than a line
         await exchange(*pair)
         async with registered(program, A, **token) as peer:
             await exchange(peer, peer)
@@ -2453,10 +2469,6 @@ class Wire(Peer):
         self.server, self.reader, self.writer = server, reader, writer
         self.sent, self.received = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = tls and tls.wrap_bio(self.received, self.sent, server_hostname='localhost')
-
-    @property
-    def peer(self):
-        return self
 
     @property
     def transport(self):
@@ -3227,6 +3239,13 @@ async def test_a_client_with_many_messages_has_a_limited_part_of_each_turn():
         assert most <= relay.SLICE // relay.SLICE_MINIMUM + 1
 
 
+async def test_a_ping_between_fragments_does_not_count_against_their_limit():
+    async with relay_with_wire(max_size=300) as (_, _, wire):
+        wire.send(frames_of((TEXT, b'x' * 290, 0), (PING, b'x' * 100), (CONT, b'')))
+        assert await wire.frame() == (PONG, b'x' * 100)
+        assert await wire.hear() == wire.response(NOT_JSON)
+
+
 async def test_pings_and_pongs_count_against_the_rate():
     async with running_relay(rate=1000, BURST=0) as server, wired(server) as wire:
         wire.send(frame_of(PONG) * 20, frame_of(PING) * 20, said('x'))
@@ -3845,7 +3864,7 @@ async def test_a_client_that_left_or_whose_relay_was_killed_is_unknown(nats_serv
 
 async def test_a_full_backlog_on_another_relay_is_reported_to_the_sender(bus):
     async with two_clients(bus) as (one, _, a, b):
-        stall(b)
+        b.stall()
         offer = a.offer(B, description='x' * 2**19)
         while not one.refusal_counts['backlog']:
             await a.say(offer)
@@ -4511,6 +4530,21 @@ async def test_an_upgrade_that_takes_too_long_sends_messages_back(bus, monkeypat
         await hears_only(b)
 
 
+async def test_a_task_that_ignores_its_cancellation_does_not_keep_a_relay_from_stopping(bus):
+    async def ignore():
+        while not stopped:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+    stopped = []
+    async with joined_relay(bus, NATS_HEARTBEAT=0.02, DRAIN_TIMEOUT=0.02) as server:
+        task = asyncio.ensure_future(ignore())
+        server.backplane.tasks.add(task)
+        await server.backplane.close()
+        assert not task.done()
+        stopped.append(task.cancel())
+
+
 # ------------------------------------------------------------------------------- Checker
 
 
@@ -4838,6 +4872,10 @@ def test_the_inline_metadata_asks_for_what_requirements_txt_asks_for():
     (wanted,) = json.loads(re.search(r'dependencies = (.*)', block)[1])
     assert [wanted, 'pytest'] == (HERE / 'requirements.txt').read_text().split()
     assert 'requires-python = ">=3.9"' in block
+
+
+def test_older_versions_of_python_read_on_to_the_line_that_refuses_them():
+    ast.parse((HERE / 'relay.py').read_text(), feature_version=(3, 6))
 
 
 def test_nothing_is_imported_that_no_option_asks_for():
