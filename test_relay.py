@@ -4304,6 +4304,7 @@ async def test_losing_nats_while_subscribing_is_a_fault(bus, log, monkeypatch, q
         assert log('NATS: ') == [f'NATS: interrupted while connecting{LOST}']
 
 
+@needs_nats
 async def test_writing_to_a_lost_connection_leaves_no_descriptor_registered():
     transport = relay._import_nats(None).aio.transport.TcpTransport()
     with socket.create_server(('127.0.0.1', 0)) as server:
