@@ -20,9 +20,9 @@ receives a response before anything else. Then it sends and receives `peer_conne
      "peer_uuid": "<the peer's UUID>", "description_type": "offer", "description": "<SDP>",
      "error": null}
 
-A `relay_registration` (ProxyStore 0.6 and later) works the same and is answered by a
-`relay_response`. A `peer_connection` is forwarded unchanged, to the byte; unknown keys are
-allowed. The relay does not interpret its last three fields, and `error` may be missing.
+A `relay_registration` (ProxyStore 0.6 and later, the newer generation) works the same and is
+answered by a `relay_response`. A `peer_connection` is forwarded unchanged, to the byte. The relay
+does not interpret its last three fields; `error` may be missing, and unknown keys are allowed.
 
 A message that cannot be forwarded is returned to its sender with the reason in `error`: the peer
 is unknown or does not read, `source_uuid` is not the sender's or, with --nats, the message is too
@@ -437,7 +437,7 @@ def _hash(token: str) -> bytes:
     return hashlib.sha256(token.encode(errors='surrogatepass')).digest()
 
 
-def address_of(address: Any) -> str:
+def format_address(address: Any) -> str:
     """Return the name of a socket as host:port."""
     if not isinstance(address, tuple):
         return 'unknown address'
@@ -451,7 +451,7 @@ def client_address(address: Any, request: Request) -> str:
         if forwarded and ipaddress.ip_address(address[0]).is_loopback:
             last = forwarded[-1].rpartition(',')[2].partition('%')[0]  # the proxy's own, no zone
             return str(ipaddress.ip_address(last.strip()))
-    return address_of(address)
+    return format_address(address)
 
 
 # ------------------------------------------------------------------------------- Relay
@@ -663,7 +663,7 @@ class RelayServer:
         """Clean up after a closed connection. Without an error, `handler` was cancelled."""
         if self._websocket_to_client.pop(client.websocket, None) is None:
             return  # it was turned away
-        reason = 'the relay stopped' if error is None else self._describe_close(client, error)
+        reason = 'handler cancelled' if error is None else self._describe_close(client, error)
         self._unregister(client, reason)
         self.refusal_log.pop(client, None)
         if client.takeover is not None:
@@ -1056,7 +1056,7 @@ class Connection:
         size = limits.max_size + 125
         self.protocol = ServerProtocol(origins=limits.origins, max_size=size, state=state)
         self.tls = TlsSession(server.tls) if server.tls is not None else None
-        self.client = Client('', None, self, self)
+        self.client = Client('', None, websocket=self, link=self)
         self.input, self.output = bytearray(), bytearray()
         self.fragments = bytearray()  # of a message whose last frame is still to come
         self.opcode: Opcode | None = None  # of that message, if there is one
@@ -1471,7 +1471,7 @@ class Connection:
         self.protocol = CLOSED_PROTOCOL
         del self.client  # which refers to this connection as well
         if not self.opened:
-            logger.debug('No handshake from %s', address_of(self.remote_address))
+            logger.debug('No handshake from %s', format_address(self.remote_address))
 
 
 class Listener:
@@ -1675,13 +1675,13 @@ class Listener:
 STATE_VERSION = 1
 TRIAL = 'RELAY_TRIAL'  # environment variable of a trial: the STATE_VERSION of the running code
 STATE_FD = 'RELAY_STATE_FD'  # environment variable of an upgrade: the descriptor of the state
-UPGRADE_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+HANDLED_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
 CLIENT_STATE = ('name', 'user', 'address', 'response_type')  # handed over as they are
 
 
 async def block_signals() -> None:
     """Block signals. Those that arrived before are handled: SIGTERM cancels the upgrade."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
     # It takes asyncio four turns of its loop to read a signal from a pipe, call the handler, wake
     # up the task that waits for a stop, and deliver the cancellation.
     for _ in range(4):
@@ -1703,7 +1703,7 @@ async def try_new_code() -> None:
     child = await asyncio.create_subprocess_exec(
         *command_line(), env=environment, stdin=devnull, stdout=devnull, stderr=pipe
     )
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
     ending = asyncio.ensure_future(child.communicate())
     try:
         # Not `wait_for`: before Python 3.12, it may swallow the cancellation by a stop.
@@ -1830,7 +1830,7 @@ async def upgrade_on_request(request: asyncio.Event, listeners: list[Listener]) 
                 backplane.start()
             notify('READY=1')
         finally:  # still here, so the new code was not executed
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
             for listener in listeners:
                 listener.start_accepting()
                 for connection in list(listener.connections):
@@ -2115,7 +2115,7 @@ class Backplane:
         self.options = {'servers': servers, 'user_credentials': credentials, **NATS_OPTIONS}
         self.nats: Any = self.library.NATS()
         self.round_trip = 0.0  # s, to NATS and back
-        self.logged: set[str] = set()  # faults logged since the last connection was made
+        self.logged_faults: set[str] = set()  # faults logged since the last connection was made
         self.claims: dict[Client, Claim] = {}
         self.clients: dict[str, Client] = {}  # those in `claims`, by subject
         self.subscriptions: dict[Client, Any] = {}
@@ -2140,7 +2140,7 @@ class Backplane:
 
     async def _run(self) -> None:
         while True:
-            await self._log_errors(self._connect_and_claim)
+            await self._run_logged(self._connect_and_claim)
             await asyncio.sleep(NATS_HEARTBEAT)
 
     async def _connect_and_claim(self) -> None:
@@ -2150,12 +2150,12 @@ class Backplane:
             await self.nats.subscribe('relay.claims', cb=self._on_claims)
             if not self.connected:  # nats-py 2.16 may take another message for its first PONG
                 raise ConnectionError('interrupted while connecting')
-            self.logged.clear()
+            self.logged_faults.clear()
             logger.info('NATS is connected: %s', self.nats.connected_url.netloc.rpartition('@')[2])
             for beat in itertools.count():
                 # Again at the second beat: by then, all NATS servers know that this relay listens.
                 if beat == 1 or beat % CLAIM_BEATS == 0:
-                    self._start(self._update, self.claims)
+                    self._start(self._subscribe_and_claim, self.claims)
                 self.round_trip = await self.nats.rtt(NATS_REQUEST_TIMEOUT)  # fails if it is lost
                 await asyncio.sleep(NATS_HEARTBEAT)
         finally:
@@ -2180,11 +2180,11 @@ class Backplane:
         await asyncio.wait({closing, *self.tasks}, timeout=NATS_REQUEST_TIMEOUT)
 
     def _start(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        task = asyncio.ensure_future(self._log_errors(work, *args))
+        task = asyncio.ensure_future(self._run_logged(work, *args))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _log_errors(self, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+    async def _run_logged(self, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         try:  # called only here: a task cancelled before its start would leave a coroutine behind
             return await work(*args)
         except Exception as error:
@@ -2199,8 +2199,8 @@ class Backplane:
         faults = self.library.errors.Error, OSError, asyncio.TimeoutError, AssertionError
         if not isinstance(error, faults):
             logger.error('Internal error while using NATS', exc_info=error)
-        elif text not in self.logged:
-            self.logged.add(text)
+        elif text not in self.logged_faults:
+            self.logged_faults.add(text)
             lost = '' if self.connected else '; clients of other relays cannot be reached'
             logger.warning('NATS: %s%s', text, lost)
 
@@ -2226,14 +2226,14 @@ class Backplane:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
         self.claims[client] = claim or Claim(time.time_ns(), uuid4().hex, time.monotonic())
         self.clients[_subject(client.user, client.uuid)] = client
-        self._start(self._update, [client])
+        self._start(self._subscribe_and_claim, [client])
 
     def withdraw(self, client: Client) -> None:
         """Unsubscribe from a client's messages."""
         del self.claims[client], self.clients[_subject(client.user, client.uuid)]
-        self._start(self._update, [client])
+        self._start(self._subscribe_and_claim, [client])
 
-    async def _update(self, clients: Iterable[Client]) -> None:
+    async def _subscribe_and_claim(self, clients: Iterable[Client]) -> None:
         """Subscribe and claim clients in batches, and unsubscribe those that have left."""
         if not self.connected:
             return
@@ -2273,7 +2273,7 @@ class Backplane:
                     self.relay.displace(client, f'{address} (on another relay)')
                 elif claim_id != own.id:  # it has the same id if it is from before an upgrade
                     self.claims[client] = own._replace(stamp=max(own.stamp, stamp + 1))
-                    self._start(self._update, [client])
+                    self._start(self._subscribe_and_claim, [client])
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message or return why not. What another relay refuses is sent back later."""
@@ -2297,7 +2297,7 @@ class Backplane:
         while queue:
             verdicts: list[str] | None = None
             with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
-                verdicts = await self._log_errors(self._send_batch, _subject(*key), queue)
+                verdicts = await self._run_logged(self._send_batch, _subject(*key), queue)
             # After a failure, a batch may still arrive: nothing is sent that could overtake it.
             for kind in verdicts or ['disconnected'] * len(queue):
                 sent = queue.popleft()
@@ -2362,7 +2362,7 @@ async def serve(
     Raises StartError if a file or package cannot be used, or if it cannot listen on an address.
     """
     # Names are looked up in threads, which must not receive a signal that is blocked elsewhere.
-    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, HANDLED_SIGNALS)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=block))
     relay = relay or RelayServer()
     tls = None
@@ -2380,19 +2380,19 @@ async def serve(
 
 
 async def _listen(
-    clients: Listener, host: str, port: int, metrics_port: int | None, handover: Handover | None
+    listener: Listener, host: str, port: int, metrics_port: int | None, handover: Handover | None
 ) -> list[Listener]:
     """Listen for clients and for Prometheus; after an upgrade, on the inherited sockets."""
-    relay = clients.relay
+    relay = listener.relay
     inherited = [(), ()] if handover is None else handover.header['sockets']
     # Several relays of one machine can share a port if NATS links them.
     shared = relay.backplane is not None
     try:
-        await clients.listen(host, port, reuse_port=shared, inherited=inherited[0])
+        await listener.listen(host, port, reuse_port=shared, inherited=inherited[0])
         if metrics_port is None:
-            return [clients]
+            return [listener]
         scrapes = Listener(relay, lambda ws, _: ws.respond(200, metrics(relay)), max_connections=8)
-        return [clients, await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])]
+        return [listener, await scrapes.listen('127.0.0.1', metrics_port, inherited=inherited[1])]
     except StartError:
         if relay.backplane is not None:  # nats-py may ignore the cancellation by asyncio.run
             await relay.backplane.close()
@@ -2409,7 +2409,7 @@ async def _run_until_stopped(
     loop.add_signal_handler(signal.SIGHUP, reload)
     loop.add_signal_handler(signal.SIGUSR2, upgrade.set)
     # An upgrade blocks them until they have handlers.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, UPGRADE_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
     upgrading = asyncio.ensure_future(upgrade_on_request(upgrade, listeners))
     if handover is not None:
         handover.restore(listeners[0])
@@ -2422,13 +2422,13 @@ async def _run_until_stopped(
     await asyncio.wait({upgrading})
     await _stop(listeners)
     # The loop takes its handlers along: until the process exits, another signal must not kill it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, UPGRADE_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
 
 
 def _log_start(listeners: list[Listener]) -> None:
     for service, listener in zip(('relay server', 'metrics'), listeners):
         for sock in listener.sockets:
-            logger.info('Serving %s on %s', service, address_of(sock.getsockname()))
+            logger.info('Serving %s on %s', service, format_address(sock.getsockname()))
     if listeners[0].relay.tokens is None:
         logger.warning('No --token-file: anyone who can reach this relay can use it')
 

@@ -153,6 +153,13 @@ def way_of_serving(request, monkeypatch):
 both_ways = pytest.mark.usefixtures('way_of_serving')
 
 
+def reset(transport):
+    """Close a connection with a RST."""
+    sock = transport.get_extra_info('socket')
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+    transport.abort()
+
+
 class Peer:
     """A client that speaks the protocol in plain JSON."""
 
@@ -175,10 +182,7 @@ class Peer:
         self.transport.pause_reading()
 
     def reset(self):
-        """Close the connection with a RST."""
-        sock = self.transport.get_extra_info('socket')
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-        self.transport.abort()
+        reset(self.transport)
 
     async def say(self, message):
         await self.websocket.send(
@@ -2196,7 +2200,7 @@ async def test_a_signal_does_not_kill_a_relay_that_has_stopped(upgradable):
     async with upgradable(edits=[(end, f'    if True:{WAIT}{end}')]) as program:
         program.child.terminate()
         await until((program.folder / 'waiting').exists)
-        for number in relay.UPGRADE_SIGNALS:
+        for number in relay.HANDLED_SIGNALS:
             program.child.send_signal(number)
         (program.folder / 'go').touch()
         await program.ends()
@@ -3119,6 +3123,19 @@ FLOODS = {
 }
 
 
+async def test_a_paused_connection_is_read_up_to_a_limit_and_loses_nothing(security):
+    async with relay_with_wire(security) as (server, _, wire):
+        link, limit = wire.link, relay.RECEIVE_BUFFER
+        link.pause('test')
+        wire.send(frame_of(PING, b'x' * 125) * 2000)
+        await until(lambda: link in server.listener.not_reading)
+        # A record of TLS may be decrypted when its last byte is read.
+        assert limit <= len(link.input) <= limit + (relay.TLS_RECORD if link.tls else 0)
+        link.resume('test')
+        for _ in range(2000):
+            assert await wire.frame() == (PONG, b'x' * 125)
+
+
 @each('data, count', FLOODS)
 async def test_a_client_that_does_not_read_is_not_read(data, count, security):
     options = {'narrow': True, 'MAX_BACKLOG': 2**18}
@@ -3601,7 +3618,8 @@ class Link:
         """Reset all connections and, until it recovers, new ones."""
         self.cut = True
         for transport in self.transports:
-            transport.abort()
+            if not transport.is_closing():
+                reset(transport)
 
     def freeze(self):
         self.flowing.clear()
@@ -4380,7 +4398,7 @@ async def test_a_relay_whose_port_is_taken_leaves_nats_before_it_ends(bus):
 async def test_work_cancelled_before_it_starts_leaves_no_coroutine(bus):
     async with joined_relay(bus) as server:
         await settled(server)
-        server.backplane._start(server.backplane._update, [])
+        server.backplane._start(server.backplane._subscribe_and_claim, [])
         for task in server.backplane.tasks:
             task.cancel()
         await until(lambda: not server.backplane.tasks)
@@ -4500,6 +4518,12 @@ async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, l
     assert all(re.fullmatch(pattern, line) for line in log('again and again'))
 
 
+def test_the_content_of_a_message_in_flight_is_counted_besides_its_text():
+    text = changed(OFFER, description='x' * 10**5 + '\U0001f600')  # four bytes each, because of it
+    data = text.encode()
+    assert relay.InFlight(None, decode(text), data).memory() > len(data) + 4 * 10**5
+
+
 @each('limit, kind', ('MAX_IN_FLIGHT', 'disconnected'), ('MAX_BACKLOG', 'backlog'))
 async def test_messages_in_flight_are_limited(bus, limit, kind):
     limits = {limit: 100_000, 'NATS_REQUEST_TIMEOUT': 60}
@@ -4541,9 +4565,11 @@ async def test_a_task_that_ignores_its_cancellation_does_not_keep_a_relay_from_s
     async with joined_relay(bus, NATS_HEARTBEAT=0.02, DRAIN_TIMEOUT=0.02) as server:
         task = asyncio.ensure_future(ignore())
         server.backplane.tasks.add(task)
-        await server.backplane.close()
-        assert not task.done()
-        stopped.append(task.cancel())
+        try:
+            await server.backplane.close()
+            assert not task.done()
+        finally:
+            stopped.append(task.cancel())
 
 
 # ------------------------------------------------------------------------------- Checker
