@@ -630,18 +630,16 @@ class RelayServer:
         client.address = client_address(client.websocket.remote_address, request)
         user = find_user(request, self.tokens)
         if user is None:  # the relay is embedded without `process_request`
-            self._turn_away(client, 'unauthorized', 1008, 'no valid token')
+            self.log_refusal('unauthorized', 1008, client.address, 'no valid token')
+            client.link.close(1008, 'no valid token')
         elif len(self._websocket_to_client) >= self._max_clients:
             # An HTTP error would terminate a ProxyStore endpoint. After 1013, it tries again.
-            self._turn_away(client, 'full', 1013, 'the relay is full')
+            self.log_refusal('full', 1013, client.address, 'the relay is full')
+            client.link.close(1013, 'the relay is full')
         else:
             client.user, client.token_hash = user
             self._websocket_to_client[client.websocket] = client
             self.start_registration_timer(client, REGISTER_TIMEOUT)
-
-    def _turn_away(self, client: Client, kind: str, code: int, reason: str) -> None:
-        self.log_refusal(kind, code, client.address, reason)
-        client.link.close(code, reason)
 
     def readmit(self, client: Client, seconds: float | None, claim: Claim | None) -> None:
         """Admit a client from before an upgrade: with the seconds left to register, or a claim."""
@@ -1065,6 +1063,7 @@ class Connection:
         self.paused_for: set[str] = set()
         self.has_turn = False  # it may process one long message now
         self.eof = False  # everything the client sent was received
+        self.closing: tuple[int, str] | None = None  # code and reason after the handshake
         self.opened = False  # the handshake was completed; stays set when the connection closes
         self.finished = False  # all for the client was sent or is in `output`; input is discarded
         self.rate_timer: asyncio.TimerHandle | None = None
@@ -1072,8 +1071,7 @@ class Connection:
         self.drop_timer = self.loop.call_later(limits.open_timeout, self.abort)
         server.connections[self] = None
         server.handshakes[self] = None
-        # Not the socket itself: asyncio's selector would call repr() on it, with two system calls
-        # each time, six times in the life of a connection.
+        # Not the socket: asyncio's selector calls repr() on one it does not know: system calls.
         self.loop.add_reader(self.fd, self._on_readable)
 
     # Used by the relay.
@@ -1100,6 +1098,7 @@ class Connection:
     def close(self, code: int, reason: str) -> None:
         """Send a close frame, or soon drop the connection if the handshake is not complete."""
         if self.protocol.state is CONNECTING:
+            self.closing = code, reason
             self._drop_after(STOP_HANDSHAKE)
         elif self.protocol.state is OPEN:
             self.protocol.send_close(code, reason)
@@ -1124,7 +1123,7 @@ class Connection:
             # Less over TLS, where some records cost CPU but hold no message.
             most = TLS_RECORD if self.tls else RECEIVE_BUFFER
             if self.paused_for:
-                most = min(most, max(1, RECEIVE_BUFFER - len(self.input)))
+                most = min(most, max(SLICE_MINIMUM, RECEIVE_BUFFER - len(self.input)))
             count = self.sock.recv_into(self.server.buffer, most)
         except (BlockingIOError, InterruptedError):
             return
@@ -1164,7 +1163,6 @@ class Connection:
             size = self._next_size()
             if size == 0 or size > len(self.input):
                 break
-            # To decode a message takes time for all of its fragments.
             if size + len(self.fragments) > LONG_MESSAGE and not self.has_turn:
                 self.pause(TURN)
                 self.server.request_turn(self)
@@ -1262,9 +1260,9 @@ class Connection:
             self.mark_open()
             self.relay.on_open(self.client, request)
             request.headers.clear()  # to free them: the protocol keeps the request
-            if not self.server.is_serving():
-                # An HTTP error would terminate a ProxyStore endpoint. After 1001, it tries again.
-                self.close(1001, '')
+            if self.closing is not None:
+                # An HTTP error would terminate a ProxyStore endpoint; after these, it tries again.
+                self.close(*self.closing)
         elif response.status_code == 403:  # only the check of the origin answers so
             address = client_address(self.remote_address, request)
             reason = f'origin {shown(request.headers.get("Origin", ""))} is not allowed'
@@ -1446,8 +1444,7 @@ class Connection:
         """Return whether the client has reset the connection, which an unread socket hides."""
         if sys.platform != 'linux':
             return False
-        # The first byte of the structure is the state; 7 is TCP_CLOSE.
-        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 7
+        return self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 7  # TCP_CLOSE
 
     def abort(self) -> None:
         """Close the socket at once and clean up; the client leaves the registry."""
@@ -1847,6 +1844,8 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
     connection.input += base64.b64decode(saved['input'])
     try:
         if not opened:
+            if saved['finished']:  # it was refused
+                connection.continue_closing(finished=True)
             return
         client = connection.client
         for name in CLIENT_STATE:
@@ -1989,13 +1988,12 @@ def notify_reloading() -> None:
 
 
 def send_status(relay: RelayServer) -> None:
-    """Send systemd a sign of life and the status line, twice in each watchdog period."""
+    """Send systemd a sign of life and the status line, twice in a watchdog period or minute."""
     clients, messages = len(relay._uuid_to_client), relay.counts['forwarded_messages']
     uptime = datetime.timedelta(seconds=int(time.time() - relay.started))
     status = f'STATUS={clients:,} clients, {messages:,} messages forwarded, up {uptime}'
     notify('WATCHDOG=1', status)
     usec = os.environ.get('WATCHDOG_USEC', '')
-    # Without a watchdog (or with a wrong period), the status line is sent twice a minute.
     period = int(usec) / 1_000_000 if usec.isdecimal() and len(usec) < 16 else 60
     asyncio.get_running_loop().call_later(max(period, 0.02) / 2, send_status, relay)
 
@@ -2126,17 +2124,19 @@ class Backplane:
         self.queues: dict[tuple[str, UUID], deque[InFlight]] = {}  # by user and UUID
         self.in_flight_bytes = 0  # in all queues
         self.tasks: set[asyncio.Future[None]] = set()  # cancelled when the connection has failed
-        self.running = asyncio.ensure_future(self._run())
+        self.closed = True
+        self.start()
 
     def start(self) -> None:
-        """Connect again after a close."""
-        if self.running.done():
+        """Connect, also again after a close."""
+        if self.closed:
+            self.closed = False
             self.running = asyncio.ensure_future(self._run())
 
     @property
     def connected(self) -> bool:
         """Whether messages can be sent to other relays."""
-        return bool(self.nats.is_connected)
+        return bool(self.nats.is_connected) and not self.closed
 
     async def _run(self) -> None:
         while True:
@@ -2213,6 +2213,7 @@ class Backplane:
             self._start(subscription.drain)
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=DRAIN_TIMEOUT)
+        self.closed = True  # a task that starts later would be cancelled before it has begun
         for _ in range(6):  # nats-py 2.16 may take a cancellation for one of its own
             await asyncio.sleep(0)  # a task that is cancelled before it starts would do nothing
             works = [work for work in (self.running, *self.tasks) if not work.done()]

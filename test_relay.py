@@ -1539,14 +1539,20 @@ def refused(kind):
     return f'relay_refusals_total{{reason="{kind}"}}'
 
 
-async def test_a_handshake_that_completes_while_the_relay_stops_is_closed_with_1001(security):
+@each('code', 1001, 1012)
+async def test_a_handshake_that_completes_at_a_stop_or_upgrade_is_closed_with_its_code(
+    code, security
+):
     async with running_relay(security[0]) as server:
         async with wired(server, security[1], opened=False) as wire:
             await wire.send_and_wait(HANDSHAKE[:60])
-            server.listener.close()
+            if code == 1001:
+                server.listener.close()
+            else:
+                wire.link.close(code, '')
             wire.send(HANDSHAKE[60:])
             await wire.welcomed()
-            assert await wire.frame() == (CLOSE, code_of(1001))
+            assert await wire.frame() == (CLOSE, code_of(code))
 
 
 async def test_the_health_of_a_stopping_relay_is_503():
@@ -2006,6 +2012,9 @@ async def test_what_clients_do_during_an_upgrade_is_handled_after_it(upgradable)
             ended, reset, closing = [await wire.register() for wire in wires]
             early = await stack.enter_async_context(wired(program, opened=False))
             early.send(HANDSHAKE[:60])
+            refused = await stack.enter_async_context(wired(program, opened=False))
+            refused.send(b'GET / HTTP/1.1\r\n\r\n')
+            assert (await refused.read(2**16)).startswith(b'HTTP/1.1 426 ')
             await until_read(program)
             async with program.gap(RESTORING):
                 await one.say(offer := one.offer(other.uuid))
@@ -2025,9 +2034,12 @@ async def test_what_clients_do_during_an_upgrade_is_handled_after_it(upgradable)
                 peer = Peer(websocket, B)
                 assert await peer.ask(peer.registration()) == peer.response()
                 await exchange(one, peer)
+            refused.send(HANDSHAKE, said(refused.registration()))
             for wire in (early, hasty):
                 await wire.welcomed()
                 assert await wire.hear() == wire.response()
+            await until_read(program)
+            assert not program.lines(f'Registered {refused.uuid}')
 
 
 async def test_only_clients_that_the_upgrade_closes_are_counted_as_closed(upgradable):
@@ -4516,6 +4528,16 @@ async def test_a_uuid_that_clients_of_two_relays_fight_over_is_named_once(bus, l
     # Each relay counts by itself.
     assert len(log('again and again')) == 2
     assert all(re.fullmatch(pattern, line) for line in log('again and again'))
+
+
+async def test_a_message_sent_while_a_relay_leaves_nats_comes_back(bus):
+    async with two_clients(bus) as (one, _, a, _):
+        closing = asyncio.ensure_future(one.backplane.close())
+        await until(lambda: one.backplane.closed)
+        text = json.dumps(a.offer(B))
+        sent = one.backplane.forward(holder(one, A), decode(text), text.encode())
+        assert sent == 'disconnected'
+        await closing
 
 
 def test_the_content_of_a_message_in_flight_is_counted_besides_its_text():
