@@ -117,11 +117,11 @@ TLS_RECORD = 2**14  # encrypted at once; also the most of a handshake, or of Ope
 REGISTER_TIMEOUT = 30  # for a client to register
 MESSAGE_TIMEOUT = 30  # from the first byte of a message to its last
 BURST = 0.1  # burst allowance, in seconds at the full rate
-TAKEOVER_TIMEOUT = 0.5  # a takeover waits so long for the displaced client, which may be dead
-STOP_TIMEOUT = 12  # for clients to close when the relay stops; relay.service allows 15 in all
+TAKEOVER_TIMEOUT = 0.5  # for a displaced client, which may be dead, to close
+STOP_TIMEOUT = 11  # for clients to close when the relay stops; relay.service allows 15 in all
 STOP_HANDSHAKE = 1  # for a handshake to complete when the relay stops, before it is dropped
 DRAIN_TIMEOUT = 1  # to finish what is in flight before a stop or an upgrade
-STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges nothing
+STALL_TIMEOUT = 120  # until the kernel drops a connection that acknowledges or reads nothing
 SWEEP_INTERVAL = 1  # between checks for idle, incomplete and lost connections
 ACCEPT_RETRY = 1  # until accepting is tried again after running out of file descriptors
 TRIAL_TIMEOUT = 30  # for a new version to show that it starts
@@ -134,7 +134,7 @@ RATE = 500  # messages and pings a second of one client; peers that connect exch
 FLAP_COUNT = 3  # takeovers of one UUID within FLAP_INTERVAL before a warning
 RESERVED_FDS = 32  # file descriptors kept for the log, files to reload, metrics and NATS
 MAX_HANDSHAKES = 2048  # at once; one more drops the oldest
-HANDSHAKE_FDS = 32  # for handshakes and clients that are refused; both are 64, as --help says
+HANDSHAKE_FDS = 32  # for handshakes and clients that are refused; --help adds up these two
 STRICT_DECODE = 2**12  # characters; in a longer text, a search for long numbers comes first
 MAX_DIGITS = 100  # in a number; no field needs more, and a peer may not be able to read it
 LISTEN_BACKLOG = 1024  # connections that wait in the kernel to be accepted
@@ -147,7 +147,7 @@ ACCEPT_BATCH = 16  # connections accepted in one turn of the event loop
 NATS_REQUEST_TIMEOUT = 2  # s for another relay to answer
 SUBSCRIPTION_PROPAGATION = 0.05  # s until all NATS servers know of a new subscription
 NATS_HEARTBEAT = 0.5  # s between pings to NATS, and between attempts to connect
-CLAIM_BEATS = 120  # heartbeats between claims, which also end a split that NATS has had
+CLAIM_BEATS = 120  # heartbeats between claims, so that relays agree again after a split of NATS
 CLAIM_SIZE = 2**12  # bytes reserved for each claim in a batch; a typical one has 160
 UPGRADE_TIMEOUT = 5  # s for a relay that is being upgraded to claim its clients again
 MESSAGE_COST = 2**12  # bytes of memory for a message in flight over NATS, besides its content
@@ -302,7 +302,7 @@ def decode(text: str | bytes) -> Message:
                 raise ValueError(f'{key} must be {expected}')
             values.append(_parse_uuid(key, value) if is_uuid else value)
         return message_class(*values)
-    except RecursionError:  # from here on, there is an error
+    except RecursionError:  # each of these sets a reason
         reason = 'nested too deep'
     except json.JSONDecodeError as error:
         reason = f'not JSON: {error}'
@@ -377,7 +377,7 @@ def shown(text: str) -> str:
 
 
 class StartError(Exception):
-    """Raised for what the operator has to mend; its text is the one line that is printed."""
+    """Raised for an error that the operator has to fix; its text is one line for the operator."""
 
 
 def read_tokens(path: str) -> dict[bytes, str]:
@@ -409,12 +409,12 @@ def read_tokens(path: str) -> dict[bytes, str]:
 
 
 def find_user(request: Request, tokens: dict[bytes, str] | None) -> tuple[str, bytes] | None:
-    """Return the user and the hash of the token of a handshake, or None if that is not valid."""
+    """Return the user of a handshake and the hash of its token, or None without a valid token."""
     if tokens is None:  # none is required
         return '', b''
     user: str | None = None
     try:
-        # A header with a token is preferred to the path. Two headers match no token.
+        # A header with a token wins over the path. Two are joined, which matches no token.
         scheme, _, value = ' '.join(request.headers.get_all('Authorization')).partition(' ')
         if scheme.lower() == 'basic':
             user, _, token = base64.b64decode(value, validate=True).decode().partition(':')
@@ -432,8 +432,8 @@ def find_user(request: Request, tokens: dict[bytes, str] | None) -> tuple[str, b
 
 
 def _hash(token: str) -> bytes:
-    # The time of looking up a hash tells nothing about a token. websockets 14 has surrogates in
-    # place of bytes that are not ASCII.
+    # The time of looking up a hash tells nothing about a token. websockets 14 decodes bytes that
+    # are not ASCII as surrogates.
     return hashlib.sha256(token.encode(errors='surrogatepass')).digest()
 
 
@@ -658,10 +658,10 @@ class RelayServer:
         )
 
     def on_close(self, client: Client, error: ConnectionClosed | None) -> None:
-        """Clean up after a closed connection. Without an error, `handler` was cancelled."""
+        """Clean up after a closed connection. Without an error, `handler` was ended."""
         if self._websocket_to_client.pop(client.websocket, None) is None:
             return  # it was turned away
-        reason = 'handler cancelled' if error is None else self._describe_close(client, error)
+        reason = 'its handler ended' if error is None else self._describe_close(client, error)
         self._unregister(client, reason)
         self.refusal_log.pop(client, None)
         if client.takeover is not None:
@@ -763,7 +763,7 @@ class RelayServer:
             return
         key = (client.user, request.uuid)
         holder = self._uuid_to_client.get(key)
-        # A name can be as long as a message. Kept is what the log shows, and one more for dots.
+        # A name can be as long as a message. With one more character, `shown` knows it was longer.
         client.name, client.uuid = request.name[: MAX_SHOWN + 1], request.uuid
         client.response_type = request.message_type.replace('registration', 'response')
         if holder is not None:
@@ -778,7 +778,7 @@ class RelayServer:
         self.counts['registrations'] += 1
         if self.backplane is not None:
             self.backplane.announce(client)
-        # Without an await since it entered the registry, this is the first thing that it receives.
+        # There was no await since it entered the registry: nothing is sent to it before this.
         self._send(client, ServerResponse(message_type=client.response_type))
         logger.info('Registered %s', client)
 
@@ -898,17 +898,15 @@ class RelayServer:
         source = None if client.uuid is None else client
         self.log_refusal(kind, source, client, reason)
 
-    def reload(self, tls: ssl.SSLContext | None, certfile: str, keyfile: str | None) -> None:
+    def reload(self, certfile: str | None, keyfile: str | None) -> None:
         """Read tokens and certificate again, both or neither. Close clients of revoked tokens."""
         notify_reloading()
         try:
             tokens = None if self._token_file is None else read_tokens(self._token_file)
-            if tls is not None:
-                # A key that does not match would break the context in use: try a new one first.
-                tls_context(certfile, keyfile)
-                expiry = expiry_of(certfile)
-                tls.load_cert_chain(certfile, keyfile, password='')
-                self.certificate_expiry = expiry
+            if certfile is not None and self.listener is not None:
+                # A new context: the old one would keep a certificate of another type of key.
+                tls, expiry = tls_context(certfile, keyfile), expiry_of(certfile)
+                self.listener.tls, self.certificate_expiry = tls, expiry
             self.tokens = tokens
             self.close_revoked()
             logger.info('Reloaded')
@@ -1024,7 +1022,7 @@ class TlsSession:
 
     def end(self) -> bytes:
         """Return the alert that ends the session."""
-        with contextlib.suppress(ssl.SSLError):  # it wants to read the client's
+        with contextlib.suppress(ssl.SSLError):  # the client's own alert is not here
             self.session.unwrap()
         return self.outgoing.read()
 
@@ -1094,6 +1092,7 @@ class Connection:
             if not self.unflushed_bytes:
                 self.loop.call_soon(self.flush)
             self.unflushed_bytes += len(data)
+            self._count_bytes()
 
     def close(self, code: int, reason: str) -> None:
         """Send a close frame, or soon drop the connection if the handshake is not complete."""
@@ -1224,7 +1223,7 @@ class Connection:
         return header + length
 
     def _request_size(self) -> int:
-        """Return the size of the request, 0 if it is not whole. Ends what cannot become one."""
+        """Return the size of the request, 0 if it is not whole. Refuses what is no request."""
         end = self.input.find(b'\r\n\r\n')
         if end >= 0:
             return end + 4
@@ -1293,7 +1292,7 @@ class Connection:
             self.flush()  # the protocol answers pings and closes
         elif self.is_open:
             self._on_data(frame)
-        if not self.is_open:  # any more, because of this frame
+        if not self.is_open:  # maybe because of this frame
             return
         wait = self.relay.pace(self.client, len(frame.data))
         if wait:
@@ -1350,6 +1349,7 @@ class Connection:
         writes = self.protocol.data_to_send()
         if writes:
             self._send(b''.join(writes))
+            self._count_bytes()
         if b'' in writes:  # the end of the stream
             self._finish()
 
@@ -1367,7 +1367,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:
-                return  # the client is gone: reading notices that, or `is_reset`
+                return  # the client is gone, which is noticed by reading or by `is_reset`
             if data:
                 self.loop.add_writer(self.fd, self._on_writable)
         if data:
@@ -1392,7 +1392,7 @@ class Connection:
             self.resume(UNREAD)
 
     def _count_bytes(self) -> None:
-        held = len(self.input) + len(self.fragments) + len(self.output)
+        held = len(self.input) + len(self.fragments) + self.unsent_bytes
         if held != self.counted_bytes:
             self.server.count_bytes(self, held)
 
@@ -1456,7 +1456,7 @@ class Connection:
         self.drop_timer.cancel()
         if self.rate_timer is not None:
             self.rate_timer.cancel()
-        self.finished = True
+        self.finished, self.unflushed_bytes = True, 0
         self.paused_for.clear()
         for buffer in (self.input, self.fragments, self.output):
             buffer.clear()
@@ -1488,7 +1488,7 @@ class Listener:
         self.loop = asyncio.get_running_loop()
         self.sockets: list[socket.socket] = []
         fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        # More than clients may connect: one that is turned away is connected, too.
+        # Clients that are being turned away need one as well.
         self.max_connections = max_connections or max(1, fds - RESERVED_FDS)
         self.accept_timer: asyncio.TimerHandle | None = None
         self.closed = asyncio.Event()
@@ -1854,7 +1854,7 @@ def restore_connection(listener: Listener, saved: dict[str, Any]) -> None:
         client.token_hash = bytes.fromhex(saved['token_hash'])
         connection.mark_open()
         connection.send_raw(base64.b64decode(saved['output']))
-        if saved['is_open']:
+        if saved['is_open'] and connection.is_open:
             claim = None if saved['claim'] is None else Claim(*saved['claim'])
             listener.relay.readmit(client, saved['seconds_to_register'], claim)
         else:
@@ -1960,8 +1960,8 @@ def expiry_of(certfile: str) -> float:
     """Return when a certificate expires, in s since 1970. Raises OSError and StartError."""
     with open(certfile, encoding='latin-1') as file:
         pem = file.read().partition('CERTIFICATE-----')[2].partition('-----END')[0]
-    # The standard library does not parse certificates it has not verified. The first two dates of
-    # one are its first and last day (RFC 5280, section 4.1.2.5); those after 17 0d lack a century.
+    # The standard library only parses certificates it has verified. The first two dates of one are
+    # its first and last day (RFC 5280, section 4.1.2.5); years after 17 0d have two digits.
     try:
         dates = re.findall(rb'(?:\x17\r|\x18\x0f)(\d{12,14})Z', base64.b64decode(pem))
         end = (b'20' + dates[1])[-14:].decode()
@@ -2117,7 +2117,7 @@ class Backplane:
         self.claims: dict[Client, Claim] = {}
         self.clients: dict[str, Client] = {}  # those in `claims`, by subject
         self.subscriptions: dict[Client, Any] = {}
-        # Those in `claims` are to be claimed and, unless they are, subscribed. The rest has left.
+        # To claim and subscribe next, or to unsubscribe if they are not in `claims` any more.
         self.changed: set[Client] = set()
         self.updating = asyncio.Lock()
         self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
@@ -2332,7 +2332,7 @@ class Backplane:
         """Deliver what another relay forwards, and reply with the verdicts."""
         verdicts = [self.relay.deliver(user, uuid, data) for data in message.data.split(b'\0')]
         await message.respond(','.join(kind or '' for kind in verdicts).encode())
-        if not self.connected:  # nats-py 2.16 may have ignored a cancellation, and would go on
+        if not self.connected:  # end this task of nats-py 2.16, which ignores some cancellations
             raise asyncio.CancelledError
 
 
@@ -2372,11 +2372,11 @@ async def serve(
     if nats:
         relay.backplane = Backplane(relay, nats, nats_credentials)
     relay.listener = Listener(relay, relay.process_request, limits, tls=tls)
-    if is_trial():  # what can fail without a network has not
+    if is_trial():  # all that needs no network has succeeded
         return
     handover = receive_handover()
     listeners = await _listen(relay.listener, host, port, metrics_port, handover)
-    reload = partial(relay.reload, tls, certfile or '', keyfile)
+    reload = partial(relay.reload, certfile, keyfile)
     await _run_until_stopped(listeners, handover, reload)
 
 
@@ -2422,7 +2422,7 @@ async def _run_until_stopped(
     upgrading.cancel()
     await asyncio.wait({upgrading})
     await _stop(listeners)
-    # The loop takes its handlers along: until the process exits, another signal must not kill it.
+    # The handlers end with the loop: until the process exits, another signal must not kill it.
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
 
 
@@ -2464,7 +2464,7 @@ def tls_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
             context.load_cert_chain(certfile, keyfile, password='')
     except ssl.SSLError as error:
         fault = f'{path}: no {content} in PEM format ({error.reason or error})'
-        if error.reason == 'KEY_VALUES_MISMATCH':
+        if error.reason in ('KEY_VALUES_MISMATCH', 'NO_CERTIFICATE_ASSIGNED'):
             fault = f'the key in {path} does not belong to the certificate in {certfile}'
         raise StartError(fault) from error
     except OSError as error:
