@@ -1088,11 +1088,11 @@ class Connection:
         """Send a text, or do nothing if the connection is not open."""
         if self.protocol.state is OPEN:
             self.protocol.send_text(data)
-            # Sent after the present events, together with what else is written to this client.
-            if not self.unflushed_bytes:
+            if not self.unflushed_bytes:  # soon, with what else is written to this client
                 self.loop.call_soon(self.flush)
             self.unflushed_bytes += len(data)
-            self._count_bytes()
+            if self.unflushed_bytes > SLICE_MINIMUM:  # to count each short message would cost time
+                self._count_bytes()
 
     def close(self, code: int, reason: str) -> None:
         """Send a close frame, or soon drop the connection if the handshake is not complete."""
@@ -1392,7 +1392,7 @@ class Connection:
             self.resume(UNREAD)
 
     def _count_bytes(self) -> None:
-        held = len(self.input) + len(self.fragments) + self.unsent_bytes
+        held = len(self.input) + len(self.fragments) + len(self.output) + self.unflushed_bytes
         if held != self.counted_bytes:
             self.server.count_bytes(self, held)
 
