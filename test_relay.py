@@ -57,6 +57,8 @@ from relay import (
 )
 
 HERE = Path(__file__).parent
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 A, B, C = (UUID(int=n) for n in (0xA, 0xB, 0xC))
 GENERATIONS = ['server', 'relay']
 both_generations = pytest.mark.parametrize('generation', GENERATIONS)
