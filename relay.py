@@ -550,6 +550,10 @@ class Claim(NamedTuple):
     since: float  # s, monotonic clock at registration; on Linux the same in all processes
 
 
+# A message to another relay: its sender, the message, its text, and its bytes of memory.
+InFlight = tuple[Client, PeerConnection, bytes, int]
+
+
 class RelayServer:
     """The registry of clients, and the rules by which they register and reach each other.
 
@@ -2061,15 +2065,12 @@ def configure_logging(log_dir: str | None, level: str) -> None:
 #   relay.client.USER.UUID: a request with messages for this client, separated by NUL bytes, which
 #       no JSON text contains. Relays subscribe as a queue group, so NATS asks only one. The reply
 #       is a verdict on each message, separated by commas: empty, or a key of FORWARD_ERRORS.
-#   relay.claims: {"version": 1, "claims": [[subject, stamp, id, age, address]]} goes to all. The
-#       stamp is in ns, the age in s. With "upgrading": true, the sender's clients will be back.
-# Relays trust each other. They ignore new keys and new items of a claim, and treat a new verdict
-# as "disconnected". Any other change needs a new version, which all relays must know before the
-# first one uses it.
+#   relay.claims: {"version": 1, "claims": [[subject, stamp (ns), id, age (s), address]]} goes to
+#       all. With "upgrading": true, the sender's clients will be back. Relays trust each other.
+# New keys, items and verdicts are ignored. Another change needs a version that all relays know.
 
 
 def _import_nats(credentials: str | None) -> Any:
-    """Return the package nats. Raises StartError if that or the credentials are missing."""
     try:
         nats: Any = importlib.import_module('nats')
         if credentials:
@@ -2089,24 +2090,8 @@ def _import_nats(credentials: str | None) -> Any:
     return nats
 
 
-class InFlight(NamedTuple):
-    """A message that was not answered by another relay yet."""
-
-    client: Client  # the sender
-    message: PeerConnection
-    data: bytes  # its text
-
-    def memory(self) -> int:
-        """Return about how many bytes of memory it takes."""
-        return MESSAGE_COST + len(self.data) + sum(map(sys.getsizeof, vars(self.message).values()))
-
-
 class Backplane:
-    """A relay's connection to the other relays, and everything it has in flight there.
-
-    Each client has a claim and, while NATS is connected, a subscription. Messages to a peer wait
-    in a queue, whose task sends them in batches and waits for the verdicts.
-    """
+    """A relay's connection to the others: claims and subscriptions, and a queue for each peer."""
 
     def __init__(self, relay: RelayServer, servers: list[str], credentials: str | None) -> None:
         self.relay, self.library = relay, _import_nats(credentials)
@@ -2117,13 +2102,12 @@ class Backplane:
         self.claims: dict[Client, Claim] = {}
         self.clients: dict[str, Client] = {}  # those in `claims`, by subject
         self.subscriptions: dict[Client, Any] = {}
-        # To claim and subscribe next, or to unsubscribe if they are not in `claims` any more.
-        self.changed: set[Client] = set()
+        self.changed: set[Client] = set()  # to subscribe and claim, or to unsubscribe if they left
         self.updating = asyncio.Lock()
         self.upgrade_ends = 0.0  # s, monotonic clock: until then, another relay may be upgrading
         self.queues: dict[tuple[str, UUID], deque[InFlight]] = {}  # by user and UUID
         self.in_flight_bytes = 0  # in all queues
-        self.tasks: set[asyncio.Future[None]] = set()  # cancelled when the connection has failed
+        self.tasks: set[asyncio.Future[Any]] = set()  # cancelled when the connection has failed
         self.closed = True
         self.start()
 
@@ -2162,11 +2146,9 @@ class Backplane:
             await self._disconnect()
 
     async def _disconnect(self) -> None:
-        """Close the connection, and cancel all tasks that use it."""
         # nats-py 2.16: its tasks may fail; close() may last long, and leave tasks running.
-        tasks = [getattr(self.nats, f'_{name}_task', None) for name in ('flusher', 'reading')]
-        works = [self.nats.close(), *(task for task in tasks if task is not None)]
-        closing: Any = asyncio.gather(*works, return_exceptions=True)
+        work = [getattr(self.nats, f'_{name}_task', None) for name in ('flusher', 'reading')]
+        closing = asyncio.gather(self.nats.close(), *filter(None, work), return_exceptions=True)
         try:
             await asyncio.wait({closing}, timeout=NATS_HEARTBEAT)
         finally:  # also if it is cancelled
@@ -2192,10 +2174,9 @@ class Backplane:
 
     async def _on_error(self, error: Exception) -> None:
         """Log a fault of NATS or the network in one line, and a bug here with its traceback."""
-        # nats-py 2.16: many texts begin with its name, and some quote a subject at the end.
+        # nats-py 2.16: texts begin with its name, or quote a subject; it asserts to be connected.
         text = str(error).partition('"')[0].rpartition('nats: ')[2].strip(" '")
         text = text or type(error).__name__
-        # AssertionError: nats-py is not connected any more.
         faults = self.library.errors.Error, OSError, asyncio.TimeoutError, AssertionError
         if not isinstance(error, faults):
             logger.error('Internal error while using NATS', exc_info=error)
@@ -2216,12 +2197,9 @@ class Backplane:
         self.closed = True  # a task that starts later would be cancelled before it has begun
         for _ in range(6):  # nats-py 2.16 may take a cancellation for one of its own
             await asyncio.sleep(0)  # a task that is cancelled before it starts would do nothing
-            works = [work for work in (self.running, *self.tasks) if not work.done()]
-            if not works:
-                return
-            for work in works:
+            for work in (self.running, *self.tasks):
                 work.cancel()
-            await asyncio.wait(works, timeout=NATS_HEARTBEAT)
+            await asyncio.wait({self.running, *self.tasks}, timeout=NATS_HEARTBEAT)
 
     def announce(self, client: Client, claim: Claim | None = None) -> None:
         """Subscribe to a client's messages and claim its UUID, with an earlier claim if given."""
@@ -2278,40 +2256,39 @@ class Backplane:
 
     def forward(self, client: Client, message: PeerConnection, data: bytes) -> str | None:
         """Forward a message or return why not. What another relay refuses is sent back later."""
-        key, sent = (client.user, message.peer_uuid), InFlight(client, message, data)
+        key = client.user, message.peer_uuid
+        memory = MESSAGE_COST + len(data) + sum(map(sys.getsizeof, vars(message).values()))
         queue = self.queues.get(key, deque())
-        if not self.connected or self.in_flight_bytes + sent.memory() > MAX_IN_FLIGHT:
+        if not self.connected or self.in_flight_bytes + memory > MAX_IN_FLIGHT:
             return 'disconnected'
         if len(data) > self.nats.max_payload:
             return 'too_long'
-        if queue and sum(len(other.data) + MESSAGE_COST for other in (*queue, sent)) > MAX_BACKLOG:
+        texts = [data, *(text for _, _, text, _ in queue)]
+        if queue and sum(len(text) + MESSAGE_COST for text in texts) > MAX_BACKLOG:
             return 'backlog'
         if key not in self.queues:
             self.queues[key] = queue
             self._start(self._send_queue, key, queue)
-        queue.append(sent)
-        self.in_flight_bytes += sent.memory()
+        queue.append((client, message, data, memory))
+        self.in_flight_bytes += memory
         return None
 
     async def _send_queue(self, key: tuple[str, UUID], queue: deque[InFlight]) -> None:
-        """Send messages until there are no more, and send back those that were not delivered."""
         while queue:
             verdicts: list[str] | None = None
             with contextlib.suppress(asyncio.CancelledError):  # when the connection has failed
                 verdicts = await self._run_logged(self._send_batch, _subject(*key), queue)
             # After a failure, a batch may still arrive: nothing is sent that could overtake it.
             for kind in verdicts or ['disconnected'] * len(queue):
-                sent = queue.popleft()
-                self.in_flight_bytes -= sent.memory()
-                if kind and sent.client.link.is_open:
-                    self.relay.send_back(sent.client, sent.message, kind)
+                client, message, _, memory = queue.popleft()
+                self.in_flight_bytes -= memory
+                if kind and client.link.is_open:
+                    self.relay.send_back(client, message, kind)
         del self.queues[key]
 
     async def _send_batch(self, subject: str, queue: Iterable[InFlight]) -> list[str]:
-        """Send the first messages, and return the verdicts. Tries again while none has arrived."""
-        # As many as fit into one request, with a NUL byte between them.
-        ends = itertools.accumulate(len(sent.data) + 1 for sent in queue)
-        batch = [sent.data for sent, end in zip(queue, ends) if end - 1 <= self.nats.max_payload]
+        ends = itertools.accumulate(len(text) + 1 for *_, text, _ in queue)  # with NUL in between
+        batch = [sent[2] for sent, end in zip(queue, ends) if end - 1 <= self.nats.max_payload]
         for attempt in range(int(NATS_REQUEST_TIMEOUT / SUBSCRIPTION_PROPAGATION)):
             with contextlib.suppress(self.library.errors.NoRespondersError):
                 reply = await self.nats.request(subject, b'\0'.join(batch), NATS_REQUEST_TIMEOUT)
@@ -2329,7 +2306,6 @@ class Backplane:
         raise self.library.errors.TimeoutError
 
     async def _on_request(self, user: str, uuid: Any, message: Any) -> None:
-        """Deliver what another relay forwards, and reply with the verdicts."""
         verdicts = [self.relay.deliver(user, uuid, data) for data in message.data.split(b'\0')]
         await message.respond(','.join(kind or '' for kind in verdicts).encode())
         if not self.connected:  # end this task of nats-py 2.16, which ignores some cancellations

@@ -4561,10 +4561,14 @@ async def test_a_message_sent_while_a_relay_leaves_nats_comes_back(bus):
         await closing
 
 
-def test_the_content_of_a_message_in_flight_is_counted_besides_its_text():
-    text = changed(OFFER, description='x' * 10**5 + '\U0001f600')  # four bytes each, because of it
-    data = text.encode()
-    assert relay.InFlight(None, decode(text), data).memory() > len(data) + 4 * 10**5
+async def test_the_content_of_a_message_in_flight_is_counted_besides_its_text(bus):
+    async with joined_relay(bus) as server, registered(server, A) as a:
+        # Four bytes for each character, because of the last.
+        text = json.dumps(a.offer(B, description='x' * 10**5 + '\U0001f600'))
+        server.backplane.forward(holder(server, A), decode(text), text.encode())
+        assert server.backplane.in_flight_bytes > 5 * 10**5
+        assert (await a.hear())['error'] == unknown(B)
+        assert server.backplane.in_flight_bytes == 0
 
 
 @each('limit, kind', ('MAX_IN_FLIGHT', 'disconnected'), ('MAX_BACKLOG', 'backlog'))
@@ -4574,7 +4578,7 @@ async def test_messages_in_flight_are_limited(bus, limit, kind):
         text = json.dumps(a.offer(B, description='x' * 1000))
         size = len(text) + relay.MESSAGE_COST
         if limit == 'MAX_IN_FLIGHT':
-            size = relay.InFlight(None, decode(text), text.encode()).memory()
+            size += sum(map(sys.getsizeof, vars(decode(text)).values()))
         rooms = {a: 100_000 // size, c: 0}
         process.freeze()
         for sender, room in rooms.items():
