@@ -4934,7 +4934,7 @@ def functions(source):
 def test_relay_py_stays_short_enough_to_be_read_before_it_is_run():
     source = (HERE / 'relay.py').read_text()
     sizes = functions(source)
-    assert source.count('\n') <= 2710
+    assert source.count('\n') <= 2690
     assert statistics.median(sizes.values()) <= 10
     assert max(size for name, size in sizes.items() if name != '._parser') <= 30
 
