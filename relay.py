@@ -1073,7 +1073,7 @@ class Connection:
         self.drop_timer = self.loop.call_later(limits.open_timeout, self.abort)
         server.connections[self] = None
         server.handshakes[self] = None
-        # Not the socket: asyncio's selector calls repr() on one it does not know: system calls.
+        # The number: of an unknown socket, asyncio's selector calls repr(), with two system calls.
         self.loop.add_reader(self.fd, self._on_readable)
 
     # Used by the relay.
